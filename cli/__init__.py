@@ -1,0 +1,1 @@
+"""The terminal commands; no logic that an embedding app would want."""

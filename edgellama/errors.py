@@ -1,0 +1,116 @@
+"""The one family of exceptions that edgellama raises for anything a user or a file can cause.
+
+Knows nothing about files, models or terminals: the command line turns these into one line and an
+exit status, an embedding app catches them. `assert` is for our own bugs, never for input.
+"""
+
+from pathlib import Path
+
+LONGEST_SHOWN = 200  # characters of a file's value that a message repeats
+
+
+def shown(value: object) -> str:
+    """A value from a file, made safe to print: escaped, and cut at 200 characters.
+
+    Control and bidirectional characters would otherwise reach the reader's terminal.
+    """
+    text = ascii(value) if isinstance(value, str) else str(value)
+    if not text.isascii() or not text.isprintable():
+        text = ascii(text)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+
+class EdgeLlamaError(Exception):
+    """Base of all expected failures.
+
+    A file error also says where: `path`, `where` (a tensor, a key), `field`, the `value` found,
+    what is `allowed`, and a `hint` at what to do. Its text form is
+    `<file name>: <where>: <problem>. <hint>`.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | Path | None = None,
+        where: str | None = None,
+        field: str | None = None,
+        value: object = None,
+        allowed: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem, self.path, self.where = problem, path, where
+        self.field, self.value, self.allowed, self.hint = field, value, allowed, hint
+        place = [Path(path).name] if path is not None else []
+        place += [where] if where else []
+        text = ": ".join([*place, problem])
+        super().__init__(f"{text}. {hint}" if hint else text)
+
+
+class ModelFormatError(EdgeLlamaError):
+    """The file is damaged or breaks its format's rules."""
+
+
+class UnsupportedModelError(EdgeLlamaError):
+    """The file is legal, but holds something edgellama does not run."""
+
+
+class UnsafeModelError(EdgeLlamaError):
+    """The file asks to run code or to leave its folder."""
+
+
+class ModelConfigError(EdgeLlamaError):
+    """The model's hyper-parameters are impossible or contradict each other or the tensors."""
+
+
+class TokenizerError(EdgeLlamaError):
+    """The tokenizer's data is damaged, or it cannot encode or decode what it was given."""
+
+
+class TemplateError(EdgeLlamaError):
+    """The chat template is damaged, unsafe, over its budget, or refuses the messages."""
+
+
+class ParameterError(EdgeLlamaError, ValueError):
+    """An argument is out of its range; the message names it and what is allowed."""
+
+
+class ContextOverflow(EdgeLlamaError):
+    """The tokens do not fit the context: `need` of them, and the context holds `have`."""
+
+    def __init__(self, need: int, have: int, hint: str | None = None) -> None:
+        self.need, self.have = need, have
+        super().__init__(
+            f"{need} tokens do not fit the context of {have}",
+            hint=hint or "Shorten the prompt or load the model with a larger context",
+        )
+
+
+class DeviceUnavailable(EdgeLlamaError):
+    """The device or runtime asked for cannot be had here; the message says what is missing."""
+
+
+class OutOfMemory(EdgeLlamaError, MemoryError):
+    """What was asked for does not fit the memory available; the message gives both numbers."""
+
+
+class OutputError(EdgeLlamaError, OSError):
+    """Writing failed; an existing output is left as it was."""
+
+    def __str__(self) -> str:  # OSError would format its own argument tuple
+        return str(self.args[0])
+
+
+class Cancelled(EdgeLlamaError):
+    """A CancelToken was set while the call ran."""
+
+    def __init__(self, what: str = "the call") -> None:
+        super().__init__(f"{what} was cancelled")
+
+
+class ForkedProcess(EdgeLlamaError):
+    """The model was loaded before this process forked; load it in the child."""
+
+
+class NonFiniteError(EdgeLlamaError):
+    """A NaN or an infinity where only finite numbers make sense: in weights or in logits."""

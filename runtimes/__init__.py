@@ -1,0 +1,1 @@
+"""Runtimes: each executes the decoder graph its own way."""

@@ -1,0 +1,72 @@
+"""What every runtime offers, and what it is opened with.
+
+A runtime holds one model's weights; a session of it holds one conversation's keys and values.
+Knows nothing about text: ids in, logits out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edgellama.control import CancelToken
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Progress = Callable[[int, int, str], None]  # (done, total, what)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is to be run; see `edgellama.load` for each field's meaning."""
+
+    context: int  # tokens a session can hold
+    threads: int
+    kv_type: str = "f16"
+    dtype: str | None = None
+    deterministic: bool = False
+    cancel: CancelToken | None = None
+    progress: Progress | None = None
+
+
+class RuntimeSession(Protocol):
+    """One conversation's key/value cache."""
+
+    position: int  # tokens in the cache
+
+    def forward(
+        self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
+    ) -> "NDArray[np.float32]":
+        """Append `ids` (1 or more, each < vocab_size, checked by the caller) to the cache.
+
+        Returns float32 logits, (vocab_size,) after the last id, or (len(ids), vocab_size).
+        Raises Cancelled with `position` as it was before the call.
+        """
+        ...
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first `n` tokens (0 <= n <= position, checked by the caller)."""
+        ...
+
+    def close(self) -> None:
+        """Free the cache; calling it twice is harmless."""
+        ...
+
+
+class Runtime(Protocol):
+    """One model's weights, ready to run. Sessions of it are independent."""
+
+    def session(self) -> RuntimeSession: ...
+
+    def describe(self) -> dict[str, Any]:
+        """For `model.device`: runtime, device, threads, instruction set, and why."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose: `weights`, `kv_cache` (of one full session), `scratch`."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights; calling it twice is harmless."""
+        ...
