@@ -53,3 +53,10 @@ _TABLE = (
 )
 BY_ID = {t.id: t for t in _TABLE}
 BY_NAME = {t.name: t for t in _TABLE}
+
+# The types that every runtime of edgellama executes; a model with others is refused.
+RUNNABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+FLOATS = ("F32", "F16", "BF16")
+
+# Where the float16 scales (and minima) lie in a block, in bytes from its start.
+HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2)}
