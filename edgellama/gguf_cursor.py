@@ -60,6 +60,14 @@ class Cursor:
         problem = f"{field} = {shown(value)}; allowed: {allowed}"
         return self.error(problem, field=field, value=value, allowed=allowed)
 
+    def too_many(self, what: str, claim: str, fit: int, value: int) -> EdgeLlamaError:
+        """The error for a count within the limits whose bytes the file does not have."""
+        problem = f"truncated at byte {self.size} while reading {what}: {claim}; at most {fit} fit"
+        problem += f" in the {self.left} bytes left"
+        return self.error(
+            problem, field=what, value=value, allowed=f"at most {fit}", hint=INCOMPLETE
+        )
+
     def need(self, count: int, what: str) -> None:
         """Have `count` more bytes in the window, or refuse."""
         if self.at + count <= len(self.window):
@@ -103,10 +111,10 @@ class Cursor:
         start, field = self.position, f"the length of {what}"
         length = self.u64(field)
         if not shortest <= length <= longest:
-            raise self.out_of_range(field, length, f"{shortest}..{longest}")
+            allowed = f"{shortest}..{longest}, and {self.left} bytes are left"
+            raise self.out_of_range(field, length, allowed)
         if length > self.left:
-            problem = f"{field} is {length} at byte {start}, but {self.left} bytes are left"
-            raise self.error(problem, field=field, value=length, hint=INCOMPLETE)
+            raise self.too_many(what, f"its length is {length} at byte {start}", self.left, length)
         raw = self.take(length, what)
         try:
             return raw.decode()

@@ -92,8 +92,10 @@ def parse_part(file: FileIO, path: Path, size: int, index: int) -> Part:
     """
     cursor = Cursor(file, path, size)
     version = _read_version(cursor)
-    n_tensors = _read_count(cursor, "n_tensors", MOST_TENSORS, SMALLEST_TENSOR)
-    n_keys = _read_count(cursor, "n_kv", MOST_KEYS, SMALLEST_KEY_VALUE)
+    n_tensors = cursor.u64("n_tensors")
+    _check_count(cursor, "n_tensors", n_tensors, MOST_TENSORS, SMALLEST_TENSOR, "the tensor table")
+    n_keys = cursor.u64("n_kv")
+    _check_count(cursor, "n_kv", n_keys, MOST_KEYS, SMALLEST_KEY_VALUE, "the keys")
     metadata, kinds = _read_metadata(cursor, n_keys)
     alignment = _alignment(cursor, metadata, kinds)
     tensors = _read_tensors(cursor, n_tensors, index)
@@ -126,16 +128,16 @@ def _read_version(cursor: Cursor) -> int:
     return version
 
 
-def _read_count(cursor: Cursor, name: str, most: int, smallest: int) -> int:
-    count = cursor.u64(name)
+def _check_count(
+    cursor: Cursor, field: str, count: int, most: int, smallest: int, what: str
+) -> None:
+    """`count` things of at least `smallest` bytes each must be allowed, and fit the file."""
     fit = cursor.left // smallest
-    if count > fit:
-        problem = f"{name} = {count}; at most {fit} fit in the {cursor.left} bytes left"
-        allowed = f"0..{min(fit, most)}"
-        raise cursor.error(problem, field=name, value=count, allowed=allowed, hint=INCOMPLETE)
     if count > most:
-        raise cursor.out_of_range(name, count, f"0..{most}")
-    return count
+        allowed = f"0..{most}, and at most {fit} fit in the {cursor.left} bytes left"
+        raise cursor.out_of_range(field, count, allowed)
+    if count > fit:
+        raise cursor.too_many(what, f"{field} = {count}", fit, count)
 
 
 def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Value], dict[str, str]]:
@@ -184,13 +186,7 @@ def _read_array(cursor: Cursor) -> tuple[Value, str]:
         allowed = f"0..{_LAST_TYPE} without {_ARRAY}"
         raise cursor.out_of_range("the array's element type", kind, allowed)
     size = {_STRING: 8, _BOOL: 1}.get(kind) or _STRUCTS[kind].size
-    fit = cursor.left // size
-    if count > fit:
-        problem = f"an array of {count} elements; at most {fit} fit in the {cursor.left} bytes left"
-        allowed = f"0..{min(fit, LONGEST_ARRAY)}"
-        raise cursor.error(problem, field="array length", value=count, allowed=allowed)
-    if count > LONGEST_ARRAY:
-        raise cursor.out_of_range("the array's length", count, f"0..{LONGEST_ARRAY}")
+    _check_count(cursor, "the array's length", count, LONGEST_ARRAY, size, "the array")
     if kind == _STRING:
         return cursor.strings(count), "array of string"
     if kind == _BOOL:
@@ -207,7 +203,7 @@ def _booleans(cursor: Cursor, count: int) -> list[bool]:
 
 def _numbers(cursor: Cursor, kind: int, count: int) -> "array[int] | array[float]":
     code = _NUMBERS[kind][1]
-    values: array[int] | array[float] = array(code)  # type: ignore[assignment]
+    values: array[int] | array[float] = array(code)
     values.frombytes(cursor.take(count * _STRUCTS[kind].size, "the array's elements"))
     if sys.byteorder == "big":
         values.byteswap()
