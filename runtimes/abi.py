@@ -1,0 +1,48 @@
+"""Where compiled kernels and Python find each other's numbers: the layout of their shared memory.
+
+Everything is 8-byte words. An instruction says which kernel runs and on what; the state says what
+is particular to this call. Knows nothing about how either is made or executed.
+"""
+
+WORD = 8
+LANES = 16  # rows interleaved in a repacked matrix, lanes of a vector
+BLOCK = 32  # columns of a quantized block; every row is padded to a multiple of it
+
+# Instruction: the kernel's address, how many units of work it has, then its own arguments.
+INSTRUCTION_WORDS = 24
+FUNCTION = 0
+UNITS = 1  # units of work, or units per token or per row of logits
+TIMES = 2  # state word that multiplies UNITS
+ARGS = 3
+
+# State of one call.
+STATE_WORDS = 32
+ONE = 0  # always 1: the TIMES of an instruction whose units do not depend on the tokens
+N_TOKENS = 1
+N_ROWS = 2  # rows of logits asked for
+START = 3  # position of the first token
+TOKENS = 4  # address of int64 ids, (n_tokens,)
+ROWS = 5  # address of int64 indices into the tokens, (n_rows,)
+KEYS = 6  # address of the session's key cache
+VALUES = 7
+ANGLES = 8  # address of float32 cos and sin, (context, rope pairs, 2)
+CANCEL = 9  # address of the cancel cell
+GIVE_UP_CORE = 10  # address of a C function that lets another thread run, or 0
+SCRATCH = 11  # address of the threads' private memory
+SCRATCH_BYTES = 12  # of one thread
+THREADS = 13
+EPOCH = 14  # number of this call: guards against a thread that is late from an earlier one
+
+# Per instruction, in cache lines of their own: (epoch << 32 | next unit) and units finished.
+COUNTER_BYTES = 128
+DONE = 64
+
+# A token's activations, packed for a matrix product into records that lie [columns][token].
+# For integer products 32 columns each: 32 int8 codes, f32 scale, i32 sum of codes, f32
+# scale * sum. For float products 8 columns each.
+Q8_RECORD = 48
+Q8_SCALE, Q8_SUM, Q8_SCALED_SUM = 32, 36, 40
+F32_RECORD, F32_COLUMNS = 32, 8
+
+ATTENTION_BLOCK = 64  # cache positions a softmax step takes at once
+TILE = 32  # tokens that share one reading of 16 weight rows

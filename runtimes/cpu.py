@@ -1,0 +1,238 @@
+"""The default runtime: the decoder graph as a program of Numba kernels, on all cores.
+
+Joins the parts: repacked weights, the lowered program, a team of threads, and sessions with their
+key/value caches. Knows nothing about operators (see `kernels.py`) or about text.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellama import rope
+from edgellama.control import CancelToken
+from edgellama.errors import ForkedProcess, ParameterError
+from edgellama.gguf import GGUF
+from edgellama.graph import Graph
+from edgellama.runtimes import abi, kernel_cache, levels
+from edgellama.runtimes.base import Options
+from edgellama.runtimes.loading import Loader
+from edgellama.runtimes.program import (
+    CHUNK,
+    ROWS,
+    CacheShape,
+    Matrix,
+    aligned,
+    kernel_names,
+    lower,
+    products,
+)
+from edgellama.runtimes.repack import padded, repack, repacked_bytes
+from edgellama.runtimes.team import Team, give_up_core
+from edgellama.weights import rope_factors
+
+KV_TYPES = ("f16", "f32")
+ANGLES_AT_ONCE = 1024  # positions whose cosines are computed together
+
+
+class Cpu:
+    """One model's repacked weights, its program and its threads."""
+
+    def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
+        if options.kv_type not in KV_TYPES:
+            allowed = ", ".join(KV_TYPES)
+            raise ParameterError(
+                f"kv_type = {options.kv_type!r}; allowed: {allowed}",
+                field="kv_type",
+                value=options.kv_type,
+                allowed=allowed,
+            )
+        self.graph, self.options = graph, options
+        config = graph.config
+        self.level, self.level_reason = levels.choose()
+        types = {name: file.tensors[name].type.name for name in graph.weights}
+        names = kernel_names(graph, types)
+        kernels = kernel_cache.addresses(names, self.level, options.progress)
+        self.weights = _Weights(file, graph, options)
+        self.warnings = self.weights.warnings
+        self.cache = CacheShape(
+            config.n_layers,
+            config.n_kv_heads,
+            config.head_dim,
+            options.context,
+            options.kv_type == "f16",
+        )
+        self.program = lower(
+            graph, self.weights.matrices, self.weights.vectors, kernels, self.cache
+        )
+        self.angles = Angles(graph, options.context, rope_factors(file, config))
+        self.scratch_bytes = padded((2 * config.head_dim + 512) * 4 + abi.TILE * 64, 128)
+        self.scratch = aligned(self.scratch_bytes * options.threads)
+        self.lock = threading.Lock()  # one program, one set of buffers: one call at a time
+        self.pid = os.getpid()
+        self.team = Team(
+            options.threads,
+            kernel_cache.function(kernels["lead"], 4),
+            kernel_cache.function(kernels["follow"], 6),
+        )
+        self.give_up_core = give_up_core()
+
+    def session(self) -> "CpuSession":
+        return CpuSession(self)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": "cpu",
+            "device": "cpu",
+            "threads": self.options.threads,
+            "isa": self.level.name,
+            "reason": f"{self.level.name}: {self.level_reason}",
+        }
+
+    def memory(self) -> dict[str, int]:
+        scratch = self.program.scratch_bytes + self.angles.table.nbytes + self.scratch.nbytes
+        return {
+            "weights": self.weights.n_bytes,
+            "kv_cache": self.cache.total_bytes,
+            "scratch": scratch,
+        }
+
+    def close(self) -> None:
+        if os.getpid() != self.pid:  # a fork has no helpers to stop
+            return
+        with self.lock:
+            self.team.close()
+            self.weights.free()
+
+
+class _Weights:
+    """The graph's weights in memory: matrices repacked, vectors padded."""
+
+    def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
+        infos = {name: file.tensors[name] for name in graph.weights}
+        loader = Loader(file, options, sum(info.n_bytes for info in infos.values()))
+        self.matrices: dict[str, Matrix] = {}
+        self.vectors: dict[str, NDArray[np.float32]] = {}
+        self.rooms: list[NDArray[np.uint8]] = []
+        for group in self._neighbours(graph):
+            self._load_group(loader, group)
+        for name, info in infos.items():
+            if len(info.shape) == 1:
+                vector = aligned(padded(info.shape[0], abi.BLOCK) * 4).view(np.float32)
+                vector[: info.shape[0]] = loader.array(name)
+                self.vectors[name] = vector
+        self.warnings = loader.warnings
+        self.n_bytes = sum(r.nbytes for r in (*self.rooms, *self.vectors.values()))
+
+    @staticmethod
+    def _neighbours(graph: Graph) -> list[list[str]]:
+        """Names of matrices, those that share an input together, so that they can be fused."""
+        groups = [[node.weight or "" for node in group] for group in products(graph)]
+        known = {name for group in groups for name in group}
+        lookups = [n.weight for n in graph.nodes if n.op == "embed" and n.weight]
+        return [[name] for name in lookups if name not in known] + groups
+
+    def _load_group(self, loader: Loader, names: list[str]) -> None:
+        infos = [loader.file.tensors[name] for name in names]
+        sizes = [repacked_bytes(i.type.name, i.shape[0], i.shape[1]) for i in infos]
+        room = aligned(sum(sizes))
+        self.rooms.append(room)
+        start = 0
+        for name, info, size in zip(names, infos, sizes, strict=True):
+            self._load_matrix(loader, name, room[start : start + size])
+            address = room.ctypes.data + start
+            self.matrices[name] = Matrix(info.type.name, info.shape[0], info.shape[1], address)
+            start += size
+
+    @staticmethod
+    def _load_matrix(loader: Loader, name: str, out: NDArray[np.uint8]) -> None:
+        info = loader.file.tensors[name]
+        kind, columns = info.type.name, info.shape[1]
+        group = repacked_bytes(kind, abi.LANES, columns)
+        for first, raw in loader.pieces(name, abi.LANES):
+            at = first // abi.LANES * group
+            repack(kind, raw, columns, out[at : at + repacked_bytes(kind, len(raw), columns)])
+
+    def free(self) -> None:
+        self.rooms, self.matrices = [], {}
+
+
+class Angles:
+    """Cosines and sines of all positions so far needed, shared by a model's sessions."""
+
+    def __init__(self, graph: Graph, context: int, factors: list[float] | None) -> None:
+        self.rope, self.factors, self.known = graph.config.rope, factors, 0
+        self.table = np.empty((context, graph.config.rope.dim // 2, 2), np.float32)
+
+    def reach(self, stop: int) -> None:
+        """Make sure of positions up to stop - 1."""
+        while self.known < stop:
+            end = min(self.known + ANGLES_AT_ONCE, len(self.table))
+            cos, sin = rope.angles(self.rope, self.known, end, self.factors)
+            self.table[self.known : end, :, 0] = cos
+            self.table[self.known : end, :, 1] = sin
+            self.known = end
+
+
+class CpuSession:
+    """One conversation's keys and values. Memory is touched as positions fill."""
+
+    def __init__(self, model: Cpu) -> None:
+        self.model = model
+        self.position = 0
+        shape = model.cache
+        heads = shape.n_layers * shape.n_kv_heads
+        self.keys, self.values = (
+            aligned(heads * shape.key_bytes),
+            aligned(heads * shape.value_bytes),
+        )
+
+    def forward(
+        self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
+    ) -> NDArray[np.float32]:
+        model = self.model
+        if os.getpid() != model.pid:
+            raise ForkedProcess("the model was loaded before this process forked")
+        step = ROWS if all_logits else CHUNK
+        vocab, before = model.graph.config.vocab_size, self.position
+        result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
+        with model.lock:
+            for start in range(0, len(ids), step):
+                chunk = np.asarray(ids[start : start + step], np.int64)
+                last = start + len(chunk) == len(ids)
+                rows = np.arange(len(chunk)) if all_logits else np.array([len(chunk) - 1] * last)
+                self._run(chunk, rows.astype(np.int64), cancel)
+                if cancel and cancel.cancelled:
+                    self.position = before
+                    cancel.check("forward")
+                self.position += len(chunk)
+                at = start if all_logits else 0
+                result[at : at + len(rows)] = model.program.logits[: len(rows), :vocab]
+        return result if all_logits else result[0]
+
+    def _run(
+        self, ids: NDArray[np.int64], rows: NDArray[np.int64], cancel: CancelToken | None
+    ) -> None:
+        model = self.model
+        model.angles.reach(self.position + len(ids))
+        state = np.zeros(abi.STATE_WORDS, np.int64)
+        state[abi.ONE], state[abi.N_TOKENS], state[abi.N_ROWS] = 1, len(ids), len(rows)
+        state[abi.START] = self.position
+        state[abi.TOKENS], state[abi.ROWS] = ids.ctypes.data, rows.ctypes.data
+        state[abi.KEYS], state[abi.VALUES] = self.keys.ctypes.data, self.values.ctypes.data
+        state[abi.ANGLES] = model.angles.table.ctypes.data
+        state[abi.CANCEL] = cancel.address if cancel else 0
+        state[abi.GIVE_UP_CORE] = model.give_up_core
+        state[abi.SCRATCH] = model.scratch.ctypes.data
+        state[abi.SCRATCH_BYTES] = model.scratch_bytes
+        model.team.run(model.program.words, model.program.counters, state)
+
+    def truncate(self, n: int) -> None:
+        self.position = n
+
+    def close(self) -> None:
+        nothing = np.zeros(0, np.uint8)
+        self.keys, self.values = nothing, nothing

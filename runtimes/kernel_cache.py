@@ -1,0 +1,153 @@
+"""Compiled kernels on disk, and in this process.
+
+A kernel is a plain object file, loaded by LLVM alone: a process that finds its kernels here never
+imports Numba. Files are private to the user, written atomically, and checked before use: the name
+holds a hash of the kernels' source and of the compiler's version, the contents their own checksum.
+A damaged file is compiled anew; a folder that cannot be used costs a compilation, not a failure.
+
+Knows nothing about what kernels do.
+"""
+
+import ctypes
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from edgellama.errors import OutputError
+from edgellama.output import atomic_output
+from edgellama.paths import cache_dir
+from edgellama.runtimes.base import Progress
+from edgellama.runtimes.levels import Level
+
+_LOG = logging.getLogger("edgellama")
+_MAGIC = b"edgellama kernel 1\n"
+_SOURCES = ("abi", "compiler", "kernel_team", "kernels", "kernels_linear", "levels", "simd")
+
+_lock = threading.Lock()
+_loaded: dict[tuple[str, str], int] = {}  # (level, kernel) -> address
+_engines: list[Any] = []  # they own the machine code; kept for the life of the process
+
+
+def addresses(
+    names: Iterable[str], level: Level, progress: Progress | None = None
+) -> dict[str, int]:
+    """Where each kernel's machine code is in memory; compiled first if need be.
+
+    Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `embed:F16`. `progress` is called
+    with (done, total, "compiling kernels") while kernels are compiled.
+    """
+    names = list(dict.fromkeys(names))
+    with _lock:
+        missing = [name for name in names if (level.name, name) not in _loaded]
+        if missing:
+            _load(_objects(missing, level, progress), level)
+        return {name: _loaded[level.name, name] for name in names}
+
+
+def _objects(names: list[str], level: Level, progress: Progress | None) -> dict[str, bytes]:
+    """Object code by kernel name, from the cache where it is there and sound."""
+    found = {name: code for name in names if (code := _read(_file(name, level))) is not None}
+    missing = [name for name in names if name not in found]
+    for done, name in enumerate(missing):
+        if progress:
+            progress(done, len(missing), "compiling kernels")
+        found[name] = _compile(name, level)
+        _write(_file(name, level), found[name])
+    if missing and progress:
+        progress(len(missing), len(missing), "compiling kernels")
+    return found
+
+
+def _compile(name: str, level: Level) -> bytes:
+    from edgellama.runtimes import kernel_team, kernels, kernels_linear
+    from edgellama.runtimes.compiler import object_code
+
+    kind, _, type_name = name.partition(":")
+    if type_name:
+        make = {"linear": kernels_linear.linear, "embed": kernels_linear.embed}[kind]
+        return object_code(symbol(name), make(type_name), level)
+    module = kernel_team if kind in ("lead", "follow") else kernels
+    return object_code(symbol(name), getattr(module, kind), level)
+
+
+def symbol(name: str) -> str:
+    """The C name of a kernel."""
+    return "edgellama_" + name.replace(":", "_")
+
+
+def _load(objects: dict[str, bytes], level: Level) -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    for code in objects.values():
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    for name in objects:
+        _loaded[level.name, name] = engine.get_function_address(symbol(name))
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@cache
+def _fingerprint() -> str:
+    """Changes whenever a kernel or what compiles it does."""
+    digest = hashlib.sha256(f"{llvmlite.__version__} {llvm.get_default_triple()}".encode())
+    for name in _SOURCES:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _folder() -> Path | None:
+    """The cache folder, or None where it cannot be had or others could write into it."""
+    try:
+        return cache_dir("kernels")
+    except OutputError as error:
+        _LOG.warning("kernels are not cached: %s", error)
+        return None
+
+
+def _file(name: str, level: Level) -> Path | None:
+    folder = _folder()
+    return folder and folder / f"{symbol(name)}-{level.name}-{_fingerprint()}.o"
+
+
+def _read(file: Path | None) -> bytes | None:
+    """The object code, or None if the file is not there or not what was written."""
+    if file is None:
+        return None
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    head = len(_MAGIC) + 32
+    code = data[head:]
+    if data[:head] != _MAGIC + hashlib.sha256(code).digest():
+        _LOG.warning("a damaged kernel file is compiled anew: %s", file.name)
+        return None
+    return code
+
+
+def _write(file: Path | None, code: bytes) -> None:
+    if file is None:
+        return
+    try:
+        with atomic_output(file) as output:
+            output.write(_MAGIC + hashlib.sha256(code).digest() + code)
+    except OSError as error:
+        _LOG.warning("a kernel could not be cached: %s", error)
+
+
+def function(address: int, n_arguments: int) -> Callable[..., None]:
+    """A kernel as a Python callable; the interpreter's lock is released while it runs."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * n_arguments)(address)

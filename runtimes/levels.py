@@ -1,0 +1,342 @@
+"""Instruction-set levels: which there are, which this machine has, and what differs between them.
+
+Kernels are the same at every level; five small functions are not, and each level defines them here
+in LLVM's own language. Integer results are bit-equal at all levels, and so are float results but
+for `generic`, which does without fused multiply-add.
+
+Knows nothing about kernels or models.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+from edgellama.errors import DeviceUnavailable, ParameterError, shown
+
+
+@dataclass(frozen=True)
+class Level:
+    """One target: what LLVM compiles for, what the CPU must have, and the functions that differ."""
+
+    name: str
+    cpu: str
+    features: str
+    needs: tuple[str, ...]  # LLVM's names of CPU features
+    source: str  # LLVM IR
+
+
+_HEAD = "define {result} @edgellama.{name}({arguments}) alwaysinline {{\n{body}\n}}\n"
+_V = "<16 x i32>"
+_B = "<64 x i8>"
+
+
+def _function(result: str, name: str, arguments: str, body: str) -> str:
+    return _HEAD.format(result=result, name=name, arguments=arguments, body=body)
+
+
+def _mask(indices: range) -> str:
+    return f"<{len(indices)} x i32> <" + ", ".join(f"i32 {i}" for i in indices) + ">"
+
+
+def _constant(kind: str, value: int) -> str:
+    """A vector's value, all lanes alike; its type stands before it or with the other operand."""
+    return f"splat ({kind} {value})"
+
+
+_DOT_ARGS = f"{_V} %t, {_B} %u, {_B} %s"
+
+_HALF = _function(
+    "<16 x float>",
+    "from_f16",
+    "<16 x i16> %x",
+    "  %h = bitcast <16 x i16> %x to <16 x half>\n"
+    "  %f = fpext <16 x half> %h to <16 x float>\n"
+    "  ret <16 x float> %f",
+) + _function(
+    "<16 x i16>",
+    "to_f16",
+    "<16 x float> %x",
+    "  %h = fptrunc <16 x float> %x to <16 x half>\n"
+    "  %i = bitcast <16 x half> %h to <16 x i16>\n"
+    "  ret <16 x i16> %i",
+)
+
+_FMA = (
+    "declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)\n"
+    + _function(
+        "<16 x float>",
+        "fma",
+        "<16 x float> %x, <16 x float> %y, <16 x float> %z",
+        "  %r = call <16 x float> @llvm.fma.v16f32"
+        "(<16 x float> %x, <16 x float> %y, <16 x float> %z)\n"
+        "  ret <16 x float> %r",
+    )
+)
+
+_PAUSE_X86 = "declare void @llvm.x86.sse2.pause()\n" + _function(
+    "void", "pause", "", "  call void @llvm.x86.sse2.pause()\n  ret void"
+)
+_PAUSE_ARM = "declare void @llvm.aarch64.hint(i32)\n" + _function(
+    "void", "pause", "", "  call void @llvm.aarch64.hint(i32 1)\n  ret void"
+)
+_PAUSE_NONE = _function("void", "pause", "", "  ret void")
+
+
+def _both(body: str) -> str:
+    """`dot4` and `dot4_small` alike."""
+    return _function(_V, "dot4", _DOT_ARGS, body) + _function(_V, "dot4_small", _DOT_ARGS, body)
+
+
+# AVX-512-VNNI: one instruction for all 64 products.
+_VNNI_512 = f"declare {_V} @llvm.x86.avx512.vpdpbusd.512({_V}, {_B}, {_B})\n" + _both(
+    f"  %r = call {_V} @llvm.x86.avx512.vpdpbusd.512({_DOT_ARGS})\n  ret {_V} %r"
+)
+
+
+def _halves(step: str, declare: str = "") -> str:
+    """A dot product on 256-bit halves: `step` turns %t#, %u#, %s# (# is 0 or 1) into %r#."""
+    lines = []
+    for i in (0, 1):
+        lanes, bytes_ = _mask(range(8 * i, 8 * i + 8)), _mask(range(32 * i, 32 * i + 32))
+        lines += [
+            f"  %t{i} = shufflevector {_V} %t, {_V} poison, {lanes}",
+            f"  %u{i} = shufflevector {_B} %u, {_B} poison, {bytes_}",
+            f"  %s{i} = shufflevector {_B} %s, {_B} poison, {bytes_}",
+            step.replace("#", str(i)),
+        ]
+    joined = f"  %r = shufflevector <8 x i32> %r0, <8 x i32> %r1, {_mask(range(16))}"
+    return "\n".join([*lines, joined, f"  ret {_V} %r"])
+
+
+_VNNI_256 = (
+    "declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <32 x i8>, <32 x i8>)\n"
+    + _both(
+        _halves(
+            "  %r# = call <8 x i32> @llvm.x86.avx512.vpdpbusd.256"
+            "(<8 x i32> %t#, <32 x i8> %u#, <32 x i8> %s#)"
+        )
+    )
+)
+
+# AVX2: bytes are split into even and odd 16-bit lanes, because multiplying bytes directly
+# (`pmaddubsw`) saturates above 127 * 127 * 2; where the codes are small it is safe and faster.
+_MADD_WD = "call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> {}, <16 x i16> {})"
+_W8 = _constant("i16", 8)
+_AVX2 = (
+    "declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)\n"
+    "declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)\n"
+    + _function(
+        _V,
+        "dot4",
+        _DOT_ARGS,
+        _halves(
+            "  %v# = bitcast <32 x i8> %u# to <16 x i16>\n"
+            "  %w# = bitcast <32 x i8> %s# to <16 x i16>\n"
+            f"  %ve# = and <16 x i16> %v#, {_constant('i16', 255)}\n"
+            f"  %vo# = lshr <16 x i16> %v#, {_W8}\n"
+            f"  %wl# = shl <16 x i16> %w#, {_W8}\n"
+            f"  %we# = ashr <16 x i16> %wl#, {_W8}\n"
+            f"  %wo# = ashr <16 x i16> %w#, {_W8}\n"
+            f"  %e# = {_MADD_WD.format('%ve#', '%we#')}\n"
+            f"  %o# = {_MADD_WD.format('%vo#', '%wo#')}\n"
+            "  %p# = add <8 x i32> %e#, %o#\n"
+            "  %r# = add <8 x i32> %p#, %t#"
+        ),
+    )
+    + _function(
+        _V,
+        "dot4_small",
+        _DOT_ARGS,
+        _halves(
+            "  %v# = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %u#, <32 x i8> %s#)\n"
+            f"  %p# = {_MADD_WD.format('%v#', _constant('i16', 1))}\n"
+            "  %r# = add <8 x i32> %p#, %t#"
+        ),
+    )
+)
+
+
+def _neon() -> str:
+    """`sdot` multiplies signed bytes: codes up to 127 go as they are, larger ones less 128."""
+    sdot = "<4 x i32> @llvm.aarch64.neon.sdot.v4i32.v16i8(<4 x i32> {}, <16 x i8> {}, <16 x i8> {})"
+    declare = (
+        "declare <4 x i32> @llvm.aarch64.neon.sdot.v4i32.v16i8(<4 x i32>, <16 x i8>, <16 x i8>)\n"
+    )
+
+    def body(exact: bool) -> str:
+        lines = []
+        for i in range(4):
+            lanes, bytes_ = _mask(range(4 * i, 4 * i + 4)), _mask(range(16 * i, 16 * i + 16))
+            lines += [
+                f"  %t{i} = shufflevector {_V} %t, {_V} poison, {lanes}",
+                f"  %u{i} = shufflevector {_B} %u, {_B} poison, {bytes_}",
+                f"  %s{i} = shufflevector {_B} %s, {_B} poison, {bytes_}",
+            ]
+            if not exact:
+                lines.append(f"  %r{i} = call " + sdot.format(f"%t{i}", f"%u{i}", f"%s{i}"))
+                continue
+            ones = _constant("i8", 64)  # 2 * 64 * s, since 128 is no signed byte
+            lines += [
+                f"  %v{i} = xor <16 x i8> %u{i}, {_constant('i8', -128)}",
+                f"  %a{i} = call " + sdot.format(f"%t{i}", f"%v{i}", f"%s{i}"),
+                f"  %b{i} = call " + sdot.format(f"%a{i}", ones, f"%s{i}"),
+                f"  %r{i} = call " + sdot.format(f"%b{i}", ones, f"%s{i}"),
+            ]
+        eight = _mask(range(8))
+        lines += [
+            f"  %lo = shufflevector <4 x i32> %r0, <4 x i32> %r1, {eight}",
+            f"  %hi = shufflevector <4 x i32> %r2, <4 x i32> %r3, {eight}",
+            f"  %r = shufflevector <8 x i32> %lo, <8 x i32> %hi, {_mask(range(16))}",
+            f"  ret {_V} %r",
+        ]
+        return "\n".join(lines)
+
+    return (
+        declare
+        + _function(_V, "dot4", _DOT_ARGS, body(True))
+        + _function(_V, "dot4_small", _DOT_ARGS, body(False))
+    )
+
+
+def _generic() -> str:
+    """Plain vector arithmetic that every LLVM target can compile."""
+    lines = [
+        f"  %uw = zext {_B} %u to <64 x i32>",
+        f"  %sw = sext {_B} %s to <64 x i32>",
+        "  %p = mul <64 x i32> %uw, %sw",
+    ]
+    total = "%t"
+    for i in range(4):
+        lines += [
+            f"  %p{i} = shufflevector <64 x i32> %p, <64 x i32> poison, {_mask(range(i, 64, 4))}",
+            f"  %r{i} = add {_V} {total}, %p{i}",
+        ]
+        total = f"%r{i}"
+    return _both("\n".join([*lines, f"  ret {_V} {total}"]))
+
+
+# Half precision in integer arithmetic: a baseline CPU has no conversion, and the compiler would
+# call a library function that a Python process does not hold.
+_SOFT_HALF = _function(
+    "<16 x float>",
+    "from_f16",
+    "<16 x i16> %x",
+    f"""  %w = zext <16 x i16> %x to {_V}
+  %m = and {_V} %w, {_constant("i32", 0x7FFF)}
+  %sign0 = and {_V} %w, {_constant("i32", 0x8000)}
+  %sign = shl {_V} %sign0, {_constant("i32", 16)}
+  %up = shl {_V} %m, {_constant("i32", 13)}
+  %norm = add {_V} %up, {_constant("i32", 112 << 23)}
+  %isbig = icmp uge {_V} %m, {_constant("i32", 0x7C00)}
+  %big = add {_V} %norm, {_constant("i32", 112 << 23)}
+  %n1 = select <16 x i1> %isbig, {_V} %big, {_V} %norm
+  %issub = icmp ult {_V} %m, {_constant("i32", 0x400)}
+  %mf = uitofp {_V} %m to <16 x float>
+  %sf = fmul <16 x float> %mf, splat (float 0x3E70000000000000)
+  %si = bitcast <16 x float> %sf to {_V}
+  %n2 = select <16 x i1> %issub, {_V} %si, {_V} %n1
+  %r = or {_V} %n2, %sign
+  %f = bitcast {_V} %r to <16 x float>
+  ret <16 x float> %f""",
+) + _function(
+    "<16 x i16>",
+    "to_f16",
+    "<16 x float> %x",
+    f"""  %b = bitcast <16 x float> %x to {_V}
+  %a = and {_V} %b, {_constant("i32", 0x7FFFFFFF)}
+  %sign = lshr {_V} %b, {_constant("i32", 16)}
+  %s = and {_V} %sign, {_constant("i32", 0x8000)}
+  %odd0 = lshr {_V} %a, {_constant("i32", 13)}
+  %odd = and {_V} %odd0, {_constant("i32", 1)}
+  %rebias = sub {_V} %a, {_constant("i32", 112 << 23)}
+  %half = add {_V} %rebias, {_constant("i32", 0xFFF)}
+  %round = add {_V} %half, %odd
+  %norm = lshr {_V} %round, {_constant("i32", 13)}
+  %af = bitcast {_V} %a to <16 x float>
+  %magic = fadd <16 x float> %af, splat (float 5.000000e-01)
+  %mi = bitcast <16 x float> %magic to {_V}
+  %sub = sub {_V} %mi, {_constant("i32", 0x3F000000)}
+  %issub = icmp ult {_V} %a, {_constant("i32", 113 << 23)}
+  %n1 = select <16 x i1> %issub, {_V} %sub, {_V} %norm
+  %isbig = icmp uge {_V} %a, {_constant("i32", 0x477FF000)}
+  %n2 = select <16 x i1> %isbig, {_V} {_constant("i32", 0x7C00)}, {_V} %n1
+  %isnan = icmp ugt {_V} %a, {_constant("i32", 0x7F800000)}
+  %n3 = select <16 x i1> %isnan, {_V} {_constant("i32", 0x7E00)}, {_V} %n2
+  %r = or {_V} %n3, %s
+  %h = trunc {_V} %r to <16 x i16>
+  ret <16 x i16> %h""",
+)
+_MUL_ADD = _function(
+    "<16 x float>",
+    "fma",
+    "<16 x float> %x, <16 x float> %y, <16 x float> %z",
+    "  %m = fmul <16 x float> %x, %y\n  %r = fadd <16 x float> %m, %z\n  ret <16 x float> %r",
+)
+
+_V3 = ("avx2", "fma", "f16c", "bmi2")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
+LEVELS = {  # best first
+    level.name: level
+    for level in (
+        Level(
+            "avx512vnni",
+            "x86-64-v4",
+            "+avx512vnni",
+            (*_V4, "avx512vnni"),
+            _VNNI_512 + _FMA + _HALF + _PAUSE_X86,
+        ),
+        Level(
+            "avxvnni",
+            "x86-64-v3",
+            "+avxvnni",
+            (*_V3, "avxvnni"),
+            _VNNI_256 + _FMA + _HALF + _PAUSE_X86,
+        ),
+        Level("avx2", "x86-64-v3", "", _V3, _AVX2 + _FMA + _HALF + _PAUSE_X86),
+        Level(
+            "neon", "generic", "+neon,+dotprod", ("dotprod",), _neon() + _FMA + _HALF + _PAUSE_ARM
+        ),
+        Level("generic", "", "", (), _generic() + _MUL_ADD + _SOFT_HALF + _PAUSE_NONE),
+    )
+}
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """Names of the levels this machine can run, best first."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    return tuple(
+        name
+        for name, level in LEVELS.items()
+        if all(features.get(need, False) for need in level.needs)
+    )
+
+
+def choose() -> tuple[Level, str]:
+    """The level to run at and why: the best there is, or the one `EDGELLAMA_ISA` names.
+
+    Raises ParameterError for an unknown name, DeviceUnavailable for one this machine lacks.
+    """
+    wanted = os.environ.get("EDGELLAMA_ISA", "").strip().lower()
+    if not wanted:
+        best = available()[0]
+        return LEVELS[best], "the best this processor has"
+    if wanted not in LEVELS:
+        raise ParameterError(
+            f"EDGELLAMA_ISA = {shown(wanted)}; allowed: {', '.join(LEVELS)}",
+            field="EDGELLAMA_ISA",
+            value=wanted,
+            allowed=", ".join(LEVELS),
+        )
+    if wanted not in available():
+        raise DeviceUnavailable(
+            f"this processor lacks the instruction-set level '{wanted}'; "
+            f"it has {', '.join(available())}",
+            field="EDGELLAMA_ISA",
+            value=wanted,
+            allowed=", ".join(available()),
+            hint="Unset EDGELLAMA_ISA to use the best one",
+        )
+    return LEVELS[wanted], "named by EDGELLAMA_ISA"

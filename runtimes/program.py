@@ -1,0 +1,360 @@
+"""Lowering: from the decoder graph to the flat program that the kernels run.
+
+Folds what belongs together: products of one input become one instruction where their weights lie
+side by side, a residual addition goes into the product before it, rope stores into the cache,
+norm and swiglu pack for the product after them. Buffers are allocated once, for `CHUNK` tokens.
+
+Knows nothing about threads, sessions or files.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellama.graph import Graph, Node
+from edgellama.runtimes import abi
+from edgellama.runtimes.repack import LAYOUTS, column_blocks, padded
+
+CHUNK = 64  # tokens of one call
+ROWS = 16  # rows of logits of one call
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A repacked weight in memory."""
+
+    type: str
+    rows: int
+    columns: int
+    address: int
+
+    @property
+    def groups(self) -> int:
+        return padded(self.rows, abi.LANES) // abi.LANES
+
+    @property
+    def integer(self) -> bool:
+        return LAYOUTS[self.type].integer
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How keys and values lie in a session's cache; see `kernels.rope`."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    context: int
+    half: bool
+
+    @property
+    def positions(self) -> int:
+        return padded(self.context, abi.ATTENTION_BLOCK)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one head's keys in one layer."""
+        return self.positions * self.head_dim * (2 if self.half else 4)
+
+    @property
+    def value_bytes(self) -> int:
+        return self.positions * padded(self.head_dim, abi.LANES) * (2 if self.half else 4)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.n_layers * self.n_kv_heads * (self.key_bytes + self.value_bytes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of float32: where the first begins, and bytes from one to the next."""
+
+    address: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """Instructions ready to run, the memory they work in, and where the logits appear."""
+
+    words: NDArray[np.int64]  # (instructions, INSTRUCTION_WORDS)
+    counters: NDArray[np.uint8]  # (instructions * COUNTER_BYTES,)
+    logits: NDArray[np.float32]  # (ROWS, padded vocabulary)
+    buffers: list[NDArray[np.uint8]]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(b.nbytes for b in self.buffers) + self.words.nbytes + self.counters.nbytes
+
+
+def aligned(n_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory that begins on a cache line; pages are touched when first written."""
+    room = np.zeros(n_bytes + 64, np.uint8)
+    skip = -room.ctypes.data % 64
+    return room[skip : skip + n_bytes]
+
+
+def products(graph: Graph) -> list[tuple[Node, ...]]:
+    """The linear nodes, those with the same input together."""
+    groups: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "linear":
+            groups.setdefault(node.inputs[0], []).append(node)
+    return [tuple(group) for group in groups.values()]
+
+
+def kernel_names(graph: Graph, types: dict[str, str]) -> list[str]:
+    """The kernels that a graph needs, given its weights' types."""
+    matrices = [
+        f"{n.op}:{types[n.weight or '']}" for n in graph.nodes if n.op in ("linear", "embed")
+    ]
+    plain = ["lead", "follow", "norm", "pack_rows", "swiglu", "select", "rope", "attention"]
+    return [*plain, *dict.fromkeys(matrices)]
+
+
+def lower(
+    graph: Graph,
+    matrices: dict[str, Matrix],
+    vectors: dict[str, NDArray[np.float32]],
+    kernels: dict[str, int],
+    cache: CacheShape,
+) -> Program:
+    """The program of a graph.
+
+    `vectors` are the norms' weights, padded with zeros to a multiple of 32; `kernels` maps the
+    names of `kernel_names` to addresses.
+    """
+    lowering = _Lowering(graph, matrices, vectors, kernels, cache)
+    for node in graph.nodes:
+        getattr(lowering, node.op)(node)
+    words = np.zeros((len(lowering.instructions), abi.INSTRUCTION_WORDS), np.int64)
+    for row, instruction in zip(words, lowering.instructions, strict=True):
+        row[: len(instruction)] = instruction
+    counters = aligned(len(words) * abi.COUNTER_BYTES)
+    return Program(words, counters, lowering.logits(), lowering.buffers)
+
+
+def _bits(value: float) -> int:
+    """A float64 as the int64 word that holds it."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+@dataclass
+class _Lowering:
+    graph: Graph
+    matrices: dict[str, Matrix]
+    vectors: dict[str, NDArray[np.float32]]
+    kernels: dict[str, int]
+    cache: CacheShape
+    instructions: list[list[int]] = field(default_factory=list)
+    places: dict[str, Place] = field(default_factory=dict)
+    buffers: list[NDArray[np.uint8]] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)  # linear nodes already emitted
+
+    def __post_init__(self) -> None:
+        """Packed activations share one room: each is read before the next is written."""
+        self.products = {group[0].inputs[0]: group for group in products(self.graph)}
+        self.consumers: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            for name in node.inputs:
+                self.consumers.setdefault(name, []).append(node)
+        columns = {
+            kind: [
+                padded(m.columns, abi.BLOCK) for m in self.matrices.values() if m.integer is kind
+            ]
+            for kind in (True, False)
+        }
+        self.q8 = self._room(max(columns[True], default=0) // abi.BLOCK * abi.Q8_RECORD * CHUNK)
+        self.f32 = self._room(max(columns[False], default=0) * 4 * CHUNK)
+        self.rooms: dict[tuple[str, int], Place] = {}
+
+    def _room(self, n_bytes: int) -> int:
+        self.buffers.append(aligned(n_bytes))
+        return self.buffers[-1].ctypes.data
+
+    def _rows(self, purpose: str, columns: int, count: int = CHUNK) -> Place:
+        """Rows of float32 for one purpose: every layer uses the same."""
+        stride = padded(columns, abi.BLOCK) * 4
+        if (purpose, stride) not in self.rooms:
+            self.rooms[purpose, stride] = Place(self._room(count * stride), stride)
+        return self.rooms[purpose, stride]
+
+    def _emit(self, kernel: str, units: int, times: int, *args: int) -> None:
+        self.instructions.append([self.kernels[kernel], units, times, *args])
+
+    def _packed(self, value: str) -> tuple[int, int]:
+        """(q8 address, f32 address) that the products of a value want, 0 for none."""
+        kinds = {self._matrix(node).integer for node in self.products[value]}
+        return self.q8 if True in kinds else 0, self.f32 if False in kinds else 0
+
+    def _matrix(self, node: Node) -> Matrix:
+        assert node.weight is not None
+        return self.matrices[node.weight]
+
+    def _times(self, value: str) -> int:
+        return abi.N_ROWS if value in ("output_norm", "output") else abi.N_TOKENS
+
+    # --- operators: each emits what its node needs, or notes that another has done it -----------
+
+    def embed(self, node: Node) -> None:
+        m = self._matrix(node)
+        place = self._rows("residual", m.columns)
+        blocks = column_blocks(m.type, m.columns)
+        self._emit(
+            f"embed:{m.type}", 1, abi.N_TOKENS, m.address, blocks, place.address, place.stride
+        )
+        self.places[node.output] = place
+
+    def select(self, node: Node) -> None:
+        source = self.places[node.inputs[0]]
+        place = self._rows("selected", self.graph.config.dim, ROWS)
+        self._emit("select", 1, abi.N_ROWS, source.address, place.address, source.stride)
+        self.places[node.output] = place
+
+    def norm(self, node: Node) -> None:
+        config, times = self.graph.config, self._times(node.output)
+        place, weight = self.places[node.inputs[0]], self.vectors[node.weight or ""]
+        q8, f32 = self._packed(node.output)
+        self._emit(
+            "norm",
+            1,
+            times,
+            place.address,
+            place.stride,
+            padded(config.dim, abi.BLOCK) // abi.BLOCK,
+            q8,
+            f32,
+            weight.ctypes.data,
+            _bits(config.norm_eps),
+            _bits(1.0 / config.dim),
+            times,
+        )
+
+    def linear(self, node: Node) -> None:
+        """With the first of the products of one input, all of them."""
+        if node.output in self.seen:
+            return
+        group = self.products[node.inputs[0]]
+        self.seen.update(n.output for n in group)
+        residual = self._residual(node)
+        if residual is not None:
+            self._product([node], residual, accumulate=True)
+            return
+        width = sum(self._matrix(n).groups for n in group) * abi.LANES
+        count = ROWS if node.output == "output" else CHUNK
+        room = self._rows(f"products of {len(group)}", width, count)
+        at = room.address
+        for run in self._neighbours(group):
+            self._product(run, Place(at, room.stride), accumulate=False)
+            for n in run:
+                self.places[n.output] = Place(at, room.stride)
+                at += self._matrix(n).groups * abi.LANES * 4
+
+    def _residual(self, node: Node) -> Place | None:
+        """Where the product is added to, if an addition is its only consumer."""
+        consumers = self.consumers.get(node.output, [])
+        if len(consumers) != 1 or consumers[0].op != "add":
+            return None
+        x = next(name for name in consumers[0].inputs if name != node.output)
+        return self.places[x]
+
+    def _neighbours(self, group: tuple[Node, ...]) -> Iterator[list[Node]]:
+        """Runs of products whose weights are of one type and lie one behind the other."""
+        run: list[Node] = []
+        for node in group:
+            if run and not self._follows(self._matrix(run[-1]), self._matrix(node)):
+                yield run
+                run = []
+            run.append(node)
+        yield run
+
+    @staticmethod
+    def _follows(a: Matrix, b: Matrix) -> bool:
+        size = a.groups * column_blocks(a.type, a.columns) * LAYOUTS[a.type].block_bytes
+        return a.type == b.type and a.address + size == b.address
+
+    def _product(self, run: list[Node], place: Place, *, accumulate: bool) -> None:
+        first, times = self._matrix(run[0]), self._times(run[0].output)
+        self._emit(
+            f"linear:{first.type}",
+            sum(self._matrix(n).groups for n in run),
+            abi.ONE,
+            first.address,
+            column_blocks(first.type, first.columns),
+            self.q8 if first.integer else self.f32,
+            place.address,
+            place.stride,
+            int(accumulate),
+            times,
+        )
+
+    def rope(self, node: Node) -> None:
+        """Done with the attention, in place."""
+        self.places[node.output] = self.places[node.inputs[0]]
+
+    def attention(self, node: Node) -> None:
+        config, cache = self.graph.config, self.cache
+        assert node.layer is not None
+        q, k, v = (self.places[name] for name in node.inputs)
+        layer = node.layer * config.n_kv_heads
+        where = (layer * cache.key_bytes, layer * cache.value_bytes)
+        heads = (cache.key_bytes, cache.value_bytes)
+        half = int(cache.half)
+        self._emit(
+            "rope",
+            config.n_heads + config.n_kv_heads,
+            abi.N_TOKENS,
+            q.address,
+            k.address,
+            v.address,
+            q.stride,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.rope.dim // 2,
+            half,
+            *where,
+            *heads,
+        )
+        out = self._rows("attention", config.q_dim)
+        self._emit(
+            "attention",
+            config.n_heads,
+            abi.N_TOKENS,
+            q.address,
+            q.stride,
+            out.address,
+            out.stride,
+            config.n_heads,
+            config.n_heads // config.n_kv_heads,
+            config.head_dim,
+            half,
+            *where,
+            *heads,
+            _bits(config.head_dim**-0.5),
+            config.sliding_window or 0,
+        )
+        blocks = padded(config.q_dim, abi.BLOCK) // abi.BLOCK
+        packed = self._packed(node.output)
+        self._emit("pack_rows", 1, abi.N_TOKENS, out.address, out.stride, blocks, *packed)
+
+    def swiglu(self, node: Node) -> None:
+        gate, up = (self.places[name] for name in node.inputs)
+        blocks = padded(self.graph.config.ffn_dim, abi.BLOCK) // abi.BLOCK
+        packed = self._packed(node.output)
+        self._emit(
+            "swiglu", blocks, abi.N_TOKENS, gate.address, up.address, gate.stride, blocks, *packed
+        )
+
+    def add(self, node: Node) -> None:
+        """The product before it has added to the residual, in place."""
+        x = next(name for name in node.inputs if name in self.places)
+        self.places[node.output] = self.places[x]
+
+    def logits(self) -> NDArray[np.float32]:
+        place = self.places["output"]
+        room = next(b for b in self.buffers if b.ctypes.data == place.address)
+        return room.view(np.float32).reshape(ROWS, place.stride // 4)

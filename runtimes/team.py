@@ -1,0 +1,118 @@
+"""The threads that run programs, and how many of them this machine should have.
+
+A team sleeps while there is nothing to do. Its threads never touch Numba's threading layers, and
+compiled code runs without the interpreter's lock. Knows nothing about what programs compute.
+"""
+
+import ctypes
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellama.runtimes import abi
+
+Words = NDArray[np.int64]
+_Job = tuple[Any, ...]  # arguments of `follow`, then whatever must stay alive meanwhile
+
+
+class Team:
+    """N threads: the caller's own and N - 1 helpers. One program runs at a time."""
+
+    def __init__(self, threads: int, lead: Callable[..., None], follow: Callable[..., None]):
+        self.threads = threads
+        self._lead, self._follow = lead, follow
+        self._epoch = 0
+        self._queues: list[queue.SimpleQueue[_Job | None]] = []
+        self._helpers: list[threading.Thread] = []
+        for number in range(1, threads):
+            jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+            helper = threading.Thread(
+                target=self._help, args=(jobs, number), name=f"edgellama-{number}", daemon=True
+            )
+            self._queues.append(jobs)
+            self._helpers.append(helper)
+            helper.start()
+
+    def _help(self, jobs: "queue.SimpleQueue[_Job | None]", number: int) -> None:
+        while (job := jobs.get()) is not None:
+            self._follow(*job[:5], number)
+            del job  # it keeps a session's memory alive
+
+    def run(self, program: Words, counters: NDArray[np.uint8], state: Words) -> None:
+        """Run a program to its end or to its cancellation. The caller holds the model's lock."""
+        self._epoch = self._epoch % 0x7FFFFFF0 + 1
+        state[abi.EPOCH], state[abi.THREADS] = self._epoch, self.threads
+        places = (program.ctypes.data, counters.ctypes.data, len(program), state.ctypes.data)
+        for jobs in self._queues:
+            jobs.put((*places, self._epoch, program, counters, state))
+        self._lead(*places)
+
+    def close(self) -> None:
+        for jobs in self._queues:
+            jobs.put(None)
+        for helper in self._helpers:
+            helper.join()
+        self._queues, self._helpers = [], []
+
+
+def give_up_core() -> int:
+    """Address of the C function by which a waiting thread lets others run; 0 where unknown."""
+    try:
+        if sys.platform == "win32":
+            function = ctypes.WinDLL("kernel32").SwitchToThread
+        else:
+            function = ctypes.CDLL(None).sched_yield
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def usable_cores() -> int:
+    """Physical cores within this process's affinity and its cgroup's quota; at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+    else:
+        allowed = set(range(os.cpu_count() or 1))
+    cores = {_siblings(cpu) for cpu in allowed}
+    return max(1, min(len(cores), _quota()))
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of this one's core: its own number where that is not known."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> int:
+    """Whole cores that the cgroup (version 2) grants, rounded up."""
+    try:
+        granted, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, -(-int(granted) // int(period)))
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, the cgroup's limit included; None if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(free, max(0, limit - used))
+    except (OSError, ValueError):  # no cgroup, or its limit is "max"
+        return free
