@@ -1,0 +1,106 @@
+"""The two algorithms that both kinds of tokenizer share: merging symbols, and finding whole tokens.
+
+Knows nothing about vocabularies' files, bytes or ids.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import heapify, heappop, heappush
+
+
+def merge(symbols: list[str], ranks: Mapping[str, float], glue: str = "") -> list[str]:
+    """Byte-pair merging (Sennrich et al., arXiv:1508.07909): the lowest rank first, then leftmost.
+
+    `ranks` maps `left + glue + right` to its rank. A heap over a linked list, O(n log n) in the
+    number of symbols: a pair is never searched for twice. Pairs made stale by a merge stay in the
+    heap and are recognised when they come up, because a symbol only ever grows.
+    """
+    end = len(symbols)
+    text, after, before = list(symbols), list(range(1, end + 1)), list(range(-1, end))
+    heap = []
+    for i in range(end - 1):
+        pair = text[i] + glue + text[i + 1]
+        rank = ranks.get(pair)
+        if rank is not None:
+            heap.append((rank, i, pair))
+    heapify(heap)
+    while heap:
+        _, i, pair = heappop(heap)
+        j = after[i]
+        if j == end or text[i] + glue + text[j] != pair:
+            continue  # stale: one of the two was merged meanwhile
+        text[i] += text[j]
+        k = after[i] = after[j]
+        before[k], after[j] = i, end  # a dead symbol has no neighbour
+        for left, right in ((before[i], i), (i, k)):
+            if left < 0 or right == end:
+                continue
+            pair = text[left] + glue + text[right]
+            rank = ranks.get(pair)
+            if rank is not None:
+                heappush(heap, (rank, left, pair))
+    return _survivors(text, after)
+
+
+def _survivors(text: list[str], after: list[int]) -> list[str]:
+    kept, i = [], 0
+    while i < len(text):
+        kept.append(text[i])
+        i = after[i]
+    return kept
+
+
+class Matcher:
+    """Finds whole tokens in a text: the leftmost first, the longest of those that start there.
+
+    An Aho-Corasick automaton (Communications of the ACM 18:6, 1975) over the reversed tokens runs
+    from the text's end to its start, which gives the longest token starting at every position
+    in time linear in the text, whatever the tokens are.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._children: list[dict[str, int]] = [{}]
+        self._longest = [0]  # state -> length of the longest token it ends with, 0: none
+        for token in tokens:
+            self._add(token)
+        self._fallback = [0] * len(self._children)
+        self._link()
+        self._finals = frozenset(self._children[0])
+
+    def _add(self, token: str) -> None:
+        state = 0
+        for character in reversed(token):
+            following = self._children[state].setdefault(character, len(self._children))
+            if following == len(self._children):
+                self._children.append({})
+                self._longest.append(0)
+            state = following
+        self._longest[state] = len(token)
+
+    def _link(self) -> None:
+        """Breadth first, so that a state's fallback, which is shorter, is ready before it."""
+        queue = list(self._children[0].values())
+        for state in queue:
+            for character, child in self._children[state].items():
+                self._fallback[child] = self._step(self._fallback[state], character)
+                queue.append(child)
+            self._longest[state] = self._longest[state] or self._longest[self._fallback[state]]
+
+    def _step(self, state: int, character: str) -> int:
+        while state and character not in self._children[state]:
+            state = self._fallback[state]
+        return self._children[state].get(character, 0)
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """(start, end) of every token found, in order, never overlapping."""
+        if self._finals.isdisjoint(text):
+            return
+        found, state = [], 0
+        for i in range(len(text) - 1, -1, -1):
+            state = self._step(state, text[i])
+            if self._longest[state]:
+                found.append((i, i + self._longest[state]))
+        at = 0
+        for start, end in reversed(found):
+            if start >= at:
+                yield start, end
+                at = end

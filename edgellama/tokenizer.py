@@ -1,0 +1,204 @@
+"""Text to token ids and back, for the tokenizer that a GGUF file carries.
+
+Puts special tokens, plain text and half characters in order; `spm.py` and `bpe.py` do the rest.
+Knows nothing about models or chat templates.
+"""
+
+import codecs
+import operator
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgellama.bpe import ByteLevelBPE
+from edgellama.errors import ParameterError, shown
+from edgellama.matching import Matcher
+from edgellama.spm import SentencePiece
+from edgellama.vocab import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocab, vocab_from_gguf
+
+_EACH_BYTE = "edgellama.each_byte"
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """SentencePiece shows one U+FFFD for every invalid byte, not one for a cut character."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_EACH_BYTE, _replace_each_byte)
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path | None = None) -> "Tokenizer":
+    """The tokenizer described by the GGUF keys `tokenizer.ggml.*`; `path` is for messages.
+
+    `tokenizer.ggml.model` is "llama" (SentencePiece BPE) or "gpt2" (byte-level BPE); for the
+    latter `tokenizer.ggml.pre` names the pre-tokenizer, absent: "default", which is GPT-2's.
+    Raises UnsupportedModelError for other kinds, TokenizerError for damaged data.
+    """
+    return Tokenizer(vocab_from_gguf(metadata, path))
+
+
+class Tokenizer:
+    """One model's tokenizer; immutable, usable from any thread.
+
+    `vocab_size` counts tokens; `bos` is the id that starts a text, or None; `eos` the ids that end
+    a turn or a text; `add_bos` tells whether a text is to be given `bos` (the file's
+    `add_bos_token`; absent: yes for "llama", no for "gpt2").
+    """
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._text: SentencePiece | ByteLevelBPE
+        self._text = SentencePiece(vocab) if vocab.model == "llama" else ByteLevelBPE(vocab)
+        self._dummy_space = vocab.model == "llama" and vocab.add_space_prefix
+        self._drop_all = vocab.remove_extra_whitespaces  # decoding trims the start, as encoding did
+        self._errors = _EACH_BYTE if vocab.model == "llama" else "replace"
+        self.vocab_size = len(vocab.tokens)
+        self.bos, self.eos, self.add_bos = vocab.bos, vocab.eos, vocab.add_bos
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {self._vocab.model}, {self.vocab_size} tokens>"
+
+    @property
+    def bos_text(self) -> str:
+        """The text of `bos`, "" where there is none: what chat templates call `bos_token`."""
+        return "" if self.bos is None else self._vocab.tokens[self.bos]
+
+    @property
+    def eos_text(self) -> str:
+        """The text of the first of `eos`, "" where there is none."""
+        return self._vocab.tokens[self.eos[0]] if self.eos else ""
+
+    @cached_property
+    def _specials(self) -> Matcher:
+        return Matcher(self._vocab.specials)
+
+    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        """Token ids of `text`; `bos=True` puts the BOS id in front.
+
+        Text that looks like a control token stays plain text, so that nobody can slip in the end
+        of a turn; `special=True` turns it into the token (the longest one that fits). User-defined
+        tokens are always recognised, as the model was trained to see them.
+
+        Bytes for which a byte-level vocabulary has no token are dropped: SmolLM2 lacks 21 of 256
+        (control characters, and bytes of no or hardly any UTF-8 text).
+
+        Raises ParameterError if `text` is no str or holds a lone surrogate (as from
+        `os.fsdecode`), or for `bos=True` without a BOS token.
+        """
+        _check_text(text)
+        ids: list[int] = []
+        if bos and self.bos is None:
+            raise ParameterError("bos=True, but this tokenizer has no BOS token", field="bos")
+        if bos and self.bos is not None:
+            ids.append(self.bos)
+        return ids + (self._encode_special(text) if special else self._text.encode(text))
+
+    def _encode_special(self, text: str) -> list[int]:
+        ids, at = [], 0
+        for start, end in self._specials.find(text):
+            token = self._vocab.specials[text[start:end]]
+            if self._vocab.types[token] == USER_DEFINED:
+                continue  # a part of the plain text around it
+            ids += self._text.encode(text[at:start])
+            ids.append(token)
+            at = end
+        return ids + self._text.encode(text[at:])
+
+    def decode(self, ids: Sequence[int], *, special: bool = False, continuing: bool = False) -> str:
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD.
+
+        Control tokens vanish, or show their text with `special=True`. The space that encoding
+        puts before a text is dropped, except with `continuing=True`, which says that the ids
+        follow others. Raises ParameterError for an id outside the vocabulary.
+        """
+        stream = self.stream(special=special, continuing=continuing)
+        return b"".join(map(stream.bytes_of, ids)).decode("utf-8", self._errors)
+
+    def stream(self, *, special: bool = False, continuing: bool = False) -> "Stream":
+        """A decoder that takes one id at a time; the options are those of `decode`."""
+        return Stream(self, special, self._dummy_space and not continuing, self._errors)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that the token stands for; for a control token, those of its name."""
+        return self._text.token_bytes(self._checked(token))
+
+    def token_text(self, token: int) -> str:
+        """The token as the vocabulary writes it, such as "\u2581the", "<0x0A>" or "<|im_end|>"."""
+        return self._vocab.tokens[self._checked(token)]
+
+    def is_control(self, token: int) -> bool:
+        """Whether the token steers the model and is no part of the text."""
+        return self._vocab.types[self._checked(token)] == CONTROL
+
+    def is_special(self, token: int) -> bool:
+        """Whether plain text never becomes this token, though it has a name: control or unknown."""
+        return self._vocab.types[self._checked(token)] in (CONTROL, UNKNOWN)
+
+    def opens_with_space(self, token: int) -> bool:
+        """Whether the first byte is a space that encoding may have added."""
+        return self._vocab.types[token] == NORMAL and self._vocab.tokens[token][0] == "\u2581"
+
+    def _checked(self, token: int) -> int:
+        allowed = f"integer 0..{self.vocab_size - 1}"
+        try:
+            index = -1 if isinstance(token, bool) else operator.index(token)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.vocab_size:
+            problem = f"token id {shown(token)} is not allowed; expected {allowed}"
+            raise ParameterError(problem, field="token", value=token, allowed=allowed)
+        return index
+
+
+class Stream:
+    """Decodes ids one by one; the pieces joined are what `decode` gives for all of them.
+
+    Half a character is held back until the rest arrives, until it is certain that none can, or
+    until `flush`, which shows U+FFFD for it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special: bool, drop_space: bool, errors: str) -> None:
+        self._tokenizer, self._special, self._drop_space = tokenizer, special, drop_space
+        self._spaced, self._drop_all = tokenizer._dummy_space, tokenizer._drop_all
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after this token, often ""."""
+        return self._decoder.decode(self.bytes_of(token_id))
+
+    def flush(self) -> str:
+        """What is still held back; the stream can go on afterwards."""
+        return self._decoder.decode(b"", final=True)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes this token adds, in the order of the calls."""
+        tokenizer = self._tokenizer
+        if self._special and tokenizer.is_special(token_id):
+            self._drop_space = self._spaced  # `encode` adds one after every special token
+            return tokenizer.token_text(token_id).encode()
+        if tokenizer.is_control(token_id):
+            return b""
+        data = tokenizer.token_bytes(token_id)
+        if self._drop_space:
+            data = data[tokenizer.opens_with_space(token_id) :]
+            self._drop_space = self._drop_all and not data
+        return data
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise ParameterError(
+            f"text is {type(text).__name__}; expected str", field="text", allowed="str"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError(
+            f"text holds a lone surrogate, {shown(text[error.start])}, at {error.start}",
+            field="text",
+            value=text[error.start],
+            allowed="valid Unicode",
+            hint="Decode file names and raw bytes with errors='replace' first",
+        ) from None
