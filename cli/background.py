@@ -28,12 +28,18 @@ class Background(Generic[T]):
     """The items of `work()`, made in another thread; leaving the `with` stops that thread.
 
     The first Ctrl-C sets `cancel` and is kept in `interrupted`; whatever the work still yields
-    follows, within GRACE seconds. A second one raises KeyboardInterrupt at once.
+    follows, within GRACE seconds. A second one raises KeyboardInterrupt at once. `idle` is called
+    now and then while nothing comes.
     """
 
-    def __init__(self, work: Callable[[], Iterable[T]], cancel: CancelToken) -> None:
+    def __init__(
+        self,
+        work: Callable[[], Iterable[T]],
+        cancel: CancelToken,
+        idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.interrupted = False
-        self._work, self._cancel = work, cancel
+        self._work, self._cancel, self._idle = work, cancel, idle
         self._items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._deadline = float("inf")
         # a daemon: work that does not come to its end must not hold up the program's
@@ -72,7 +78,7 @@ class Background(Generic[T]):
             try:
                 return self._items.get(timeout=_LOOK)
             except queue.Empty:
-                continue
+                self._idle()
             except KeyboardInterrupt:
                 if self.interrupted:
                     raise
@@ -82,9 +88,11 @@ class Background(Generic[T]):
         raise KeyboardInterrupt
 
 
-def in_background(work: Callable[[], T], cancel: CancelToken) -> T:
+def in_background(
+    work: Callable[[], T], cancel: CancelToken, idle: Callable[[], None] = lambda: None
+) -> T:
     """`work()`'s result or exception. Ctrl-C sets `cancel` and ends in KeyboardInterrupt."""
-    with Background(lambda: [work()], cancel) as running:
+    with Background(lambda: [work()], cancel, idle) as running:
         try:
             (result,) = running
         except Cancelled:

@@ -17,6 +17,7 @@ import typer
 
 import edgellama
 from edgellama.cli import options
+from edgellama.cli.background import still_working
 from edgellama.cli.terminal import ReaderGone, Terminal, abandon_stdout, complain, prepare_streams
 from edgellama.errors import Cancelled, EdgeLlamaError, ParameterError
 from edgellama.paths import DEFAULT_MODEL
@@ -84,6 +85,72 @@ def info(
     show_info(ctx.obj, file)
 
 
+@app.command("run")
+def _run(
+    ctx: typer.Context,
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer; from stdin if absent or `-`.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text: no chat template.")
+    ] = False,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    stop: options.Stop = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    runtime: options.Runtime = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    context: options.Context = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer one prompt; stdout gets the text alone."""
+    from edgellama.cli.reply import Running, Wording
+    from edgellama.cli.run import run_prompt
+
+    how, wording = Running.of(ctx.params), Wording.of(ctx.params)
+    run_prompt(ctx.obj, model, prompt, raw=raw, system=system, how=how, wording=wording)
+
+
+@app.command()
+def chat(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="A .gguf file or a model's name; default: a small one.")
+    ] = None,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    stop: options.Stop = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    runtime: options.Runtime = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    context: options.Context = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Talk with a model; without MODEL, with the default one, fetched on first use."""
+    from edgellama.cli.chat import start_chat
+    from edgellama.cli.reply import Running, Wording
+
+    how, wording = Running.of(ctx.params), Wording.of(ctx.params)
+    start_chat(ctx.obj, model, system=system, how=how, wording=wording)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status; nothing but SystemExit passes through."""
     terminal = Terminal(debug=bool(os.environ.get("EDGELLAMA_DEBUG")))
@@ -132,4 +199,8 @@ def main() -> NoReturn:
     for name in ("SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):  # not on every platform or thread
             signal.signal(getattr(signal, name), _terminated)
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if still_working():  # a thread inside compiled code must not see the interpreter go away
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -16,33 +16,42 @@ def _twin(name: str, *shorts: str, help: str, **more: Any) -> Any:
     return typer.Option(name, *shorts, help=help, envvar=envvar, show_envvar=False, **more)
 
 
+def _sampling(name: str, *shorts: str, default: str, help: str) -> Any:
+    """A field of Sampling: what is not given is left to its default, which help merely repeats."""
+    return _twin(name, *shorts, help=help, show_default=default)
+
+
 Runtime = Annotated[str, _twin("--runtime", help="auto, cpu, onnx, reference or llama.cpp.")]
 Device = Annotated[str, _twin("--device", help="For onnx: auto, cuda or cpu.")]
 Threads = Annotated[
-    int | None,
-    _twin("--threads", min=1, help="Default: the physical cores."),
+    int | None, _twin("--threads", min=1, show_default="physical cores", help="Worker threads.")
 ]
 Context = Annotated[
-    int | None,
-    _twin("--context", min=1, help="Tokens kept. Default: what fits."),
+    int | None, _twin("--context", min=1, show_default="what fits", help="Tokens kept in mind.")
 ]
+
 MaxTokens = Annotated[
-    int | None,
-    _twin("--max-tokens", "-n", min=1, help="Stop after this many."),
+    int | None, _twin("--max-tokens", "-n", min=1, help="Stop after this many tokens.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
 ]
 Temperature = Annotated[
-    float,
-    _twin("--temperature", "-t", min=0, help="0: always the likeliest."),
+    float | None, _sampling("--temperature", "-t", default="0.8", help="0: always the likeliest.")
 ]
-TopK = Annotated[int, _twin("--top-k", min=0, help="0: off.")]
-TopP = Annotated[float, _twin("--top-p", min=0, max=1, help="1: off.")]
-MinP = Annotated[float, _twin("--min-p", min=0, max=1, help="0: off.")]
-RepetitionPenalty = Annotated[float, _twin("--repetition-penalty", min=0, help="1: off.")]
-Seed = Annotated[int | None, _twin("--seed", help="The same seed, the same text.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="End before this text; may be repeated."),
+TopK = Annotated[
+    int | None, _sampling("--top-k", default="40", help="Choose among the K likeliest; 0: all.")
 ]
+TopP = Annotated[
+    float | None, _sampling("--top-p", default="0.95", help="Likeliest up to this share; 1: all.")
+]
+MinP = Annotated[
+    float | None, _sampling("--min-p", default="0.05", help="Share of the likeliest's; 0: all.")
+]
+RepetitionPenalty = Annotated[
+    float | None, _sampling("--repetition-penalty", default="1", help="Above 1: repeat less.")
+]
+Seed = Annotated[int | None, _twin("--seed", help="The same seed gives the same text.")]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
 
 

@@ -11,10 +11,10 @@ from edgellama.pull import pull
 def pull_model(terminal: Terminal, name: str, source: Path | None = None) -> Path:
     """Fetch `name` into the cache and return its path; Ctrl-C leaves nothing behind."""
     cancel = CancelToken()
-    with terminal.progress() as progress:
+    with terminal.progress() as display:
 
         def labelled(done: int, total: int, what: str) -> None:
-            progress(done, total, f"{what} {name}")
+            display.update(done, total, f"{what} {name}")
 
         return in_background(
             lambda: pull(name, source=source, progress=labelled, cancel=cancel), cancel

@@ -17,10 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from edgellama.errors import OutputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars, TaskID
-
-    from edgellama.runtimes.base import Progress
-
+    from rich.progress import Progress, TaskID
 BAR_AFTER = 0.5  # seconds of work before a bar is worth drawing
 LINE_AFTER = 2.0  # the same where stderr is no terminal and a plain line must do
 
@@ -66,29 +63,38 @@ class Terminal:
         _print(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator["Progress"]:
-        """A callback (done, total, what) that shows itself once the work has taken a while."""
-        display = _Display(self.quiet)
+    def progress(self) -> Iterator["Display"]:
+        """A display that shows itself once the work has taken a while, and then goes away."""
+        display = Display(self.quiet)
         try:
-            yield display.update
+            yield display
         finally:
             display.close()
 
 
-class _Display:
-    """A bar per piece of work on a terminal, a plain line elsewhere. Calls may be concurrent."""
+class Display:
+    """A bar per piece of work on a terminal, a plain line elsewhere. Calls may be concurrent.
+
+    `update` is a progress callback; `remind` repeats its last call, for work that reports seldom.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet, self._terminal = quiet, sys.stderr.isatty()
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._bars: Bars | None = None
+        self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: set[str] = set()
+        self._last: tuple[int, int, str] | None = None
         self._closed = False
+
+    def remind(self) -> None:
+        if self._last is not None:
+            self.update(*self._last)
 
     def update(self, done: int, total: int, what: str) -> None:
         with self._lock:
+            self._last = done, total, what
             waited = time.monotonic() - self._started
             if self._quiet or self._closed:
                 return
@@ -113,7 +119,7 @@ class _Display:
                 self._bars.stop()
 
 
-def _bars() -> "Bars":
+def _bars() -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 

