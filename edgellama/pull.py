@@ -9,9 +9,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 20  # bytes copied between two looks at the cancel token
 _POLL = 0.05  # seconds between two looks at a child process
+_STALE = 24 * 3600  # seconds after which a scratch folder has no owner any more
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,10 @@ def _pieces(
 
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
+    for old in parent.glob(".pull-*"):  # what a killed pull left behind
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _STALE:
+                shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=parent, ignore_cleanup_errors=True) as at:
         yield Path(at)
 
