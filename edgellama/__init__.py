@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         UnsupportedModelError as UnsupportedModelError,
     )
     from edgellama.generate import Chunk as Chunk, Usage as Usage
-    from edgellama.model import Model as Model, Session as Session, load as load
+    from edgellama.model import Model as Model, ModelInfo as ModelInfo
+    from edgellama.opening import load as load
     from edgellama.sampling import Sampling as Sampling
+    from edgellama.session import Session as Session
 
 __version__ = "0.1.0"
 
@@ -39,8 +41,9 @@ _HOME = {  # public name -> the module that defines it
     "Chunk": "generate",
     "Usage": "generate",
     "Model": "model",
-    "Session": "model",
-    "load": "model",
+    "ModelInfo": "model",
+    "Session": "session",
+    "load": "opening",
     "Sampling": "sampling",
 } | dict.fromkeys(
     (

@@ -114,3 +114,13 @@ class ForkedProcess(EdgeLlamaError):
 
 class NonFiniteError(EdgeLlamaError):
     """A NaN or an infinity where only finite numbers make sense: in weights or in logits."""
+
+
+def require_integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` if it is an integer in low..high, else ParameterError naming the parameter."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        allowed = f"an integer {low}..{high}"
+        raise ParameterError(
+            f"{name} = {shown(value)}; allowed: {allowed}", field=name, value=value, allowed=allowed
+        )
+    return value

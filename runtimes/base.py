@@ -57,6 +57,8 @@ class RuntimeSession(Protocol):
 class Runtime(Protocol):
     """One model's weights, ready to run. Sessions of it are independent."""
 
+    warnings: list[str]  # about the weights it read
+
     def session(self) -> RuntimeSession: ...
 
     def describe(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Loader:
         zero = True
         for first in range(0, info.n_rows, step):
             raw = self._read(info, first, min(step, info.n_rows - first))
-            zero = check_finite(info, raw) and zero
+            block = first * info.row_bytes // info.type.size
+            zero = check_finite(info, raw, block) and zero
             yield first, raw
         if zero:
             self.warnings.append(f"tensor '{name}' is all zeros")

@@ -1,0 +1,176 @@
+"""Loading a model: checks what was asked for, opens the file, and brings up its runtime.
+
+Knows nothing about operators or formats of weights.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+from edgellama.config import ModelConfig
+from edgellama.control import CancelToken
+from edgellama.errors import (
+    DeviceUnavailable,
+    ModelConfigError,
+    OutOfMemory,
+    ParameterError,
+    require_integer,
+    shown,
+)
+from edgellama.gguf import GGUF, open_gguf
+from edgellama.graph import Graph, decoder
+from edgellama.model import Model
+from edgellama.paths import model_path
+from edgellama.runtimes.base import Options, Progress, Runtime
+from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
+from edgellama.weights import check_tensors, model_config
+
+RuntimeName = Literal["auto", "cpu", "onnx", "reference", "llama.cpp"]
+RUNTIMES = ("auto", "cpu", "reference", "llama.cpp")
+CONTEXT_STEP = 256  # a context is a multiple of this
+MEMORY_SHARE = 0.8  # of what is available, for weights and cache together
+
+_LOG = logging.getLogger("edgellama")
+
+
+def load(
+    path: "str | os.PathLike[str]",
+    *,
+    runtime: RuntimeName = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    kv_type: str = "f16",
+    dtype: str | None = None,
+    deterministic: bool = False,
+    cancel: CancelToken | None = None,
+    progress: Progress | None = None,
+) -> "Model":
+    """Load a model from a `.gguf` file, or by the name of one already pulled; never from a network.
+
+    runtime: "cpu" (the default), "reference" (NumPy, slow) or "llama.cpp" (needs the extra).
+    threads: None for the physical cores within affinity and cgroup quota.
+    context: tokens a session can hold; None for the model's own, or what fits 80 % of the
+    memory available, in steps of 256. kv_type: "f16" or "f32", how keys and values are kept.
+    dtype: reference only, "float32" or "float64". deterministic: cpu only; the same bits for
+    any chunking, prefill or decode (this release's cpu runtime always gives them).
+    progress: called with (done, total, what).
+
+    Raises ModelFormatError, UnsupportedModelError, ModelConfigError, TokenizerError or
+    NonFiniteError for the file; ParameterError, DeviceUnavailable, OutOfMemory, Cancelled.
+    """
+    chosen = _check_choice(runtime, device, dtype, deterministic)
+    file_path = model_path(path)
+    with open_gguf(file_path) as file:
+        config = model_config(file)
+        warnings = [*file.warnings, *check_tensors(file, config)]
+        tokenizer = tokenizer_from_gguf(file.metadata, path=file_path)
+        _check_vocabulary(tokenizer, config, file_path)
+        options = Options(
+            context=_context(context, config, file, kv_type),
+            threads=_threads(threads),
+            kv_type=kv_type,
+            dtype=dtype,
+            deterministic=deterministic,
+            cancel=cancel,
+            progress=progress,
+        )
+        graph = decoder(config)
+        opened = _open_runtime(chosen, file, graph, options)
+        model = Model(file, graph, tokenizer, opened, options, warnings)
+    for warning in model.info.warnings:
+        _LOG.warning("%s: %s", file_path.name, warning)
+    return model
+
+
+def _check_choice(runtime: str, device: str, dtype: str | None, deterministic: bool) -> str:
+    """The runtime to open; what cannot be had, or does not fit it, is refused."""
+    if runtime == "onnx" or device == "cuda":
+        raise DeviceUnavailable(
+            "the ONNX runtime is not part of this release", field="runtime", value=runtime
+        )
+    for name, value, allowed in (
+        ("runtime", runtime, RUNTIMES),
+        ("device", device, ("auto", "cpu")),
+    ):
+        if value not in allowed:
+            listed = ", ".join(allowed)
+            raise ParameterError(
+                f"{name} = {shown(value)}; allowed: {listed}",
+                field=name,
+                value=value,
+                allowed=listed,
+            )
+    chosen = "cpu" if runtime == "auto" else runtime
+    for name, wanted, owner in (
+        ("dtype", dtype is not None, "reference"),
+        ("deterministic", deterministic, "cpu"),
+    ):
+        if wanted and chosen != owner:
+            raise ParameterError(f"{name} is for the {owner} runtime only", field=name)
+    return chosen
+
+
+def _open_runtime(name: str, file: GGUF, graph: Graph, options: Options) -> Runtime:
+    """Import only the runtime that is asked for; frozen apps need the literal names."""
+    if name == "reference":
+        from edgellama.runtimes.reference import Reference
+
+        return Reference(file, graph, options)
+    if name == "llama.cpp":
+        from edgellama.runtimes.llamacpp import LlamaCpp
+
+        return LlamaCpp(file, graph, options)
+    from edgellama.runtimes.cpu import Cpu
+
+    return Cpu(file, graph, options)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> None:
+    """Every id the tokenizer can give must have a row in the embedding."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the embedding {config.vocab_size} rows",
+            path=path,
+            where="key 'tokenizer.ggml.tokens'",
+            field="tokenizer.ggml.tokens",
+            value=tokenizer.vocab_size,
+            allowed=f"at most {config.vocab_size}",
+        )
+
+
+def _threads(threads: int | None) -> int:
+    from edgellama.runtimes.team import usable_cores
+
+    return usable_cores() if threads is None else require_integer("threads", threads, 1, 1024)
+
+
+def _context(wanted: int | None, config: ModelConfig, file: GGUF, kv_type: str) -> int:
+    """Tokens a session will hold. Refuses a model or a context that memory cannot hold."""
+    from edgellama.runtimes.team import available_memory
+
+    if wanted is not None:
+        require_integer("context", wanted, 1, config.context_length)
+    weights = sum(info.n_bytes for info in file.tensors.values())
+    per_token = 2 * config.n_layers * config.kv_dim * (4 if kv_type == "f32" else 2)
+    least = wanted or min(CONTEXT_STEP, config.context_length)
+    available = available_memory()
+    if available is None:
+        return wanted or config.context_length
+    room = int(available * MEMORY_SHARE)
+    if weights + least * per_token > room:
+        raise OutOfMemory(
+            f"needs {_gib(weights + least * per_token)} (weights {_gib(weights)}, {least} tokens "
+            f"of context {_gib(least * per_token)}); {_gib(room)} is {MEMORY_SHARE:.0%} of "
+            "what is available",
+            path=file.path,
+            hint="Use a smaller context or a model with fewer bits per weight",
+        )
+    fitting = (room - weights) // per_token // CONTEXT_STEP * CONTEXT_STEP
+    return wanted or min(config.context_length, max(fitting, least))
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,132 @@
+"""One conversation with a loaded model: tokens in, logits or chunks of text out.
+
+Knows nothing about chat messages or files; see `model.py` for both.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+from edgellama.control import CancelToken
+from edgellama.errors import ContextOverflow, ForkedProcess, ParameterError, require_integer, shown
+from edgellama.generate import Chunk, generate
+from edgellama.runtimes.base import RuntimeSession
+from edgellama.sampling import Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgellama.model import Model
+
+
+class Session:
+    """One conversation: the tokens in its key/value cache. Its calls take turns."""
+
+    def __init__(self, model: "Model", runtime_session: RuntimeSession) -> None:
+        self._model, self._runtime_session = model, runtime_session
+        self._lock = threading.RLock()
+        self._ids: list[int] = []
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return self._runtime_session.position
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens in the cache."""
+        return tuple(self._ids)
+
+    def forward(
+        self,
+        ids: Sequence[int],
+        *,
+        all_logits: bool = False,
+        cancel: CancelToken | None = None,
+    ) -> "NDArray[np.float32]":
+        """Append ids to the cache; logits after the last, float32 (vocab_size,).
+
+        all_logits: after each, (len(ids), vocab_size). Raises ParameterError for an id outside
+        the vocabulary, ContextOverflow, Cancelled (the cache is as before), ForkedProcess.
+        """
+        checked = self._check(ids)
+        with self._lock:
+            need, have = self.position + len(checked), self._model.info.context
+            if need > have:
+                raise ContextOverflow(need, have)
+            logits = self._open().forward(checked, all_logits=all_logits, cancel=cancel)
+            self._ids += checked
+            return logits
+
+    def _open(self) -> RuntimeSession:
+        if self._model._runtime is None:
+            raise ParameterError("the model is closed")
+        if os.getpid() != self._model._pid:
+            raise ForkedProcess("the model was loaded before this process forked; load it here")
+        return self._runtime_session
+
+    def _check(self, ids: Sequence[int]) -> list[int]:
+        size = self._model.config.vocab_size
+        checked = []
+        for i, token in enumerate(ids):
+            plain = cast("int", getattr(token, "item", lambda t=token: t)())  # NumPy's integers too
+            if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < size:
+                raise ParameterError(
+                    f"ids[{i}] = {shown(token)}; allowed: an integer 0..{size - 1}", field="ids"
+                )
+            checked.append(plain)
+        if not checked:
+            raise ParameterError("ids is empty; at least one token is needed", field="ids")
+        return checked
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first n tokens. Raises ParameterError for n > position."""
+        with self._lock:
+            require_integer("n", n, 0, self.position)
+            self._open().truncate(n)
+            del self._ids[n:]
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        params: Sampling | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        cancel: CancelToken | None = None,
+    ) -> Iterator[Chunk]:
+        """Continue a whole prompt of ids; what the cache already holds of it is not recomputed."""
+        checked = self._check(ids)
+        need, have = len(checked), self._model.info.context
+        if need > have:
+            raise ContextOverflow(need, have)
+        with self._lock:
+            shared = self._shared(checked)
+            self.truncate(shared)
+        return generate(
+            self,
+            self._model.tokenizer,
+            checked[shared:],
+            params or Sampling(),
+            context=have,
+            max_tokens=max_tokens,
+            stop=stop,
+            cancel=cancel,
+        )
+
+    def _shared(self, ids: list[int]) -> int:
+        """Leading tokens that need no computing; the last one always does, for its logits."""
+        shared = 0
+        for mine, theirs in zip(self._ids, ids[:-1], strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        return shared
+
+    def close(self) -> None:
+        """Free the cache."""
+        with self._lock:
+            self._runtime_session.close()
+            self._ids = []
