@@ -143,31 +143,15 @@ def config_from_gguf(
     the tokenizer's length is taken. Raises UnsupportedModelError for another architecture or a
     mixture of experts, ModelConfigError for a key that is missing, mistyped or out of range.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"architecture {shown(architecture)} is not supported; supported: "
-            + ", ".join(ARCHITECTURES),
-            path=path,
-            where="key 'general.architecture'",
-            field="general.architecture",
-            value=architecture,
-            allowed=", ".join(ARCHITECTURES),
-        )
-    read = _Reader(metadata, architecture, path)
+    read = _Reader(metadata, _architecture(metadata, path), path)
     _refuse_experts(read)
     dim = read.integer("embedding_length", 1, MOST_DIM)
     n_heads, n_kv_heads, head_dim = _heads(read, dim)
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    default_vocab = vocab_rows or (len(tokens) if isinstance(tokens, list) else None)
-    vocab_size = read.integer("vocab_size", 1, MOST_VOCAB, default_vocab)
-    if vocab_rows is not None and vocab_rows != vocab_size:
-        key = f"{architecture}.vocab_size"
-        raise read.error(key, vocab_size, f"{vocab_rows}, the rows of token_embd.weight")
+    name = metadata.get("general.name")
     window = read.integer("attention.sliding_window", 0, MOST_CONTEXT, 0)
     context_length = read.integer("context_length", 1, MOST_CONTEXT)
     return ModelConfig(
-        vocab_size=vocab_size,
+        vocab_size=_vocab_size(read, vocab_rows),
         n_layers=read.integer("block_count", 1, MOST_LAYERS),
         dim=dim,
         ffn_dim=read.integer("feed_forward_length", 1, MOST_FFN),
@@ -179,14 +163,44 @@ def config_from_gguf(
         norm_eps=read.number("attention.layer_norm_rms_epsilon", 0.0, 0.1),
         tied_output=tied_output,
         sliding_window=window or None,
-        name=str(metadata.get("general.name", "")),
+        name=name if isinstance(name, str) else "",
     )
 
 
+def _architecture(metadata: Mapping[str, Any], path: str | Path | None) -> str:
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        named = "no architecture" if architecture is None else f"architecture {shown(architecture)}"
+        raise UnsupportedModelError(
+            f"{named} is not supported; supported: " + ", ".join(ARCHITECTURES),
+            path=path,
+            where="key 'general.architecture'",
+            field="general.architecture",
+            value=architecture,
+            allowed=", ".join(ARCHITECTURES),
+        )
+    return str(architecture)
+
+
+def _vocab_size(read: _Reader, rows: int | None) -> int:
+    """The number of logits; `rows` are those of the embedding, which every token must have."""
+    tokens = read.metadata.get("tokenizer.ggml.tokens")
+    default_vocab = rows or (len(tokens) if isinstance(tokens, list) else None)
+    vocab_size = read.integer("vocab_size", 1, MOST_VOCAB, default_vocab)
+    if rows is not None and rows != vocab_size:
+        key = f"{read.prefix}.vocab_size"
+        raise read.error(key, vocab_size, f"{rows}, the rows of token_embd.weight")
+    if isinstance(tokens, list) and len(tokens) > vocab_size:  # fewer: the rest is padding
+        allowed = f"at most {vocab_size} tokens, the rows of token_embd.weight"
+        raise read.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", allowed)
+    return vocab_size
+
+
 def _refuse_experts(read: _Reader) -> None:
-    key = f"{read.prefix}.expert_count"
-    count = read.metadata.get(key, 0)
-    if count != 0:
+    for key in (f"{read.prefix}.expert_count", f"{read.prefix}.expert_used_count"):
+        count = read.metadata.get(key, 0)
+        if count == 0:
+            continue
         raise UnsupportedModelError(
             f"a mixture of {shown(count)} experts is not supported; only dense models are",
             path=read.path,
@@ -220,7 +234,7 @@ def _rope(read: _Reader, head_dim: int, context_length: int) -> Rope:
     if dim % 2:
         key = f"{read.prefix}.rope.dimension_count"
         raise read.error(key, dim, f"an even number, at most {head_dim}")
-    freq_base = read.number("rope.freq_base", 1e-6, 1e15, 10_000.0)
+    freq_base = read.number("rope.freq_base", 1.0, 1e15, 10_000.0)  # yarn divides by its log
     key = f"{read.prefix}.rope.scaling.type"
     scaling = read.metadata.get(key, "none")
     if scaling not in ROPE_SCALINGS:

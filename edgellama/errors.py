@@ -4,6 +4,7 @@ Knows nothing about files, models or terminals: the command line turns these int
 exit status, an embedding app catches them. `assert` is for our own bugs, never for input.
 """
 
+from array import array
 from pathlib import Path
 
 LONGEST_SHOWN = 200  # characters of a file's value that a message repeats
@@ -12,12 +13,17 @@ LONGEST_SHOWN = 200  # characters of a file's value that a message repeats
 def shown(value: object) -> str:
     """A value from a file, made safe to print: escaped, and cut at 200 characters.
 
-    Control and bidirectional characters would otherwise reach the reader's terminal.
+    Control and bidirectional characters would otherwise reach the reader's terminal. What is
+    longer is cut before it is escaped: a file may declare millions of elements.
     """
+    if isinstance(value, (str, bytes, list, array)) and len(value) > LONGEST_SHOWN:
+        value, cut = value[:LONGEST_SHOWN], True
+    else:
+        cut = False
     text = ascii(value) if isinstance(value, str) else str(value)
     if not text.isascii() or not text.isprintable():
         text = ascii(text)
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+    return text[:LONGEST_SHOWN] + "..." if cut or len(text) > LONGEST_SHOWN else text
 
 
 class EdgeLlamaError(Exception):

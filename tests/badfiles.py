@@ -112,6 +112,7 @@ def good() -> Spec:
         ("general.architecture", string("llama")),
         ("general.name", string("small")),
         ("general.quantized", scalar(BOOL, True)),
+        ("llama.vocab_size", scalar(U32, SMALL.vocab_size)),
         ("llama.context_length", scalar(U32, 128)),
         ("llama.embedding_length", scalar(U32, SMALL.dim)),
         ("llama.block_count", scalar(U32, SMALL.n_layers)),

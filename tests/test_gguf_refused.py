@@ -105,7 +105,7 @@ REFUSED = [
     ("G10-nul", with_key("a\0b", scalar(0, 1)), FORMAT, r"'a\x00b' holds a character"),
     ("G10-escape", with_key("\x1b[31m", scalar(0, 1)), FORMAT, r"'\x1b[31m'"),
     ("G10-bidi", with_key("a\u202eb", scalar(0, 1)), FORMAT, r"'a\u202eb'"),
-    ("G11", with_key("general.name", string("x")), FORMAT, "twice, as key 1 and key 13"),
+    ("G11", with_key("general.name", string("x")), FORMAT, "twice, as key 1 and key 14"),
     ("G12-13", with_key("x", struct.pack("<I", 13)), FORMAT, "key 'x': value type 13; allowed"),
     ("G12-99", with_key("x", struct.pack("<I", 99)), FORMAT, "value type 99; allowed 0..12"),
     ("G12-2^32-1", with_key("x", b"\xff" * 4), FORMAT, "value type 4294967295"),
