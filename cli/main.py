@@ -163,7 +163,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, Cancelled):
         complain("interrupted")
         return 130
-    except (EdgeLlamaError, OSError, MemoryError) as error:
+    except Exception as error:
         if terminal.debug:
             traceback.print_exc()
         complain(f"edgellama: {_one_line(error)}")
@@ -173,7 +173,11 @@ def run(arguments: list[str]) -> int:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text or type(error).__name__
+    if isinstance(error, (EdgeLlamaError, OSError)):
+        return text
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
 
 
 def _flushed(status: int, terminal: Terminal) -> int:

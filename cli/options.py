@@ -21,8 +21,8 @@ def _sampling(name: str, *shorts: str, default: str, help: str) -> Any:
     return _twin(name, *shorts, help=help, show_default=default)
 
 
-Runtime = Annotated[str, _twin("--runtime", help="auto, cpu, onnx, reference or llama.cpp.")]
-Device = Annotated[str, _twin("--device", help="For onnx: auto, cuda or cpu.")]
+Runtime = Annotated[str, _twin("--runtime", help="auto, cpu, reference or llama.cpp.")]
+Device = Annotated[str, _twin("--device", help="auto or cpu.")]
 Threads = Annotated[
     int | None, _twin("--threads", min=1, show_default="physical cores", help="Worker threads.")
 ]
