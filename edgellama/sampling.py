@@ -63,17 +63,20 @@ class Sampling:
             object.__setattr__(self, name, value)
 
         keep("temperature", _number("temperature", self.temperature, 0, 100))
-        keep("top_k", _integer("top_k", self.top_k, 0, MOST_VOCAB))
+        keep("top_k", checked_integer("top_k", self.top_k, 0, MOST_VOCAB))
         keep("top_p", _number("top_p", self.top_p, 0, 1, above=True))
         keep("min_p", _number("min_p", self.min_p, 0, 1))
         penalty = _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         keep("repetition_penalty", penalty)
         keep("presence_penalty", _number("presence_penalty", self.presence_penalty, -100, 100))
         keep("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -100, 100))
-        keep("penalty_window", _integer("penalty_window", self.penalty_window, 0, MOST_CONTEXT))
+        keep(
+            "penalty_window",
+            checked_integer("penalty_window", self.penalty_window, 0, MOST_CONTEXT),
+        )
         keep("logit_bias", _bias(self.logit_bias))
         if self.seed is not None:
-            keep("seed", _integer("seed", self.seed, 0, LARGEST_SEED))
+            keep("seed", checked_integer("seed", self.seed, 0, LARGEST_SEED))
 
     @property
     def penalized(self) -> bool:
@@ -100,7 +103,7 @@ def _number(name: str, value: Any, low: float, high: float, *, above: bool = Fal
     return number
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
+def checked_integer(name: str, value: Any, low: int, high: int) -> int:
     allowed = f"an integer {low}..{high}"
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
         raise refused(name, value, allowed)
@@ -112,7 +115,7 @@ def _bias(bias: Any) -> dict[int, float]:
         raise refused("logit_bias", bias, "a mapping from token id to number")
     checked = {}
     for token, value in bias.items():
-        token = _integer("logit_bias id", token, 0, MOST_VOCAB - 1)
+        token = checked_integer("logit_bias id", token, 0, MOST_VOCAB - 1)
         name = f"logit_bias[{token}]"
         banned = isinstance(value, Real) and value == -math.inf
         checked[token] = -math.inf if banned else _number(name, value, -MOST_BIAS, MOST_BIAS)
@@ -131,7 +134,7 @@ class Sampler:
         self.sampling, self.vocab_size = sampling, vocab_size
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         for token in sampling.logit_bias:
-            _integer("logit_bias id", token, 0, vocab_size - 1)
+            checked_integer("logit_bias id", token, 0, vocab_size - 1)
         if list(sampling.logit_bias.values()).count(-math.inf) == vocab_size:
             raise ParameterError("logit_bias bans every token", field="logit_bias")
 

@@ -1,0 +1,228 @@
+"""The decode loop: ids go in, a reply comes out token by token.
+
+Knows nothing about files, chat templates or what the session's cache held before; `model.py` takes
+care of those. Draws are made by `sampling.py`, stop strings found by `stop.py`.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from edgellama.control import CancelToken
+from edgellama.errors import Cancelled, ContextOverflow, ParameterError
+from edgellama.runtimes.base import RuntimeSession
+from edgellama.sampling import Sampler, Sampling, checked_integer
+from edgellama.stop import StopMatcher, checked_stops
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length", "cancelled", "context"]
+MOST_TOKENS = 2**31 - 1
+
+
+class TextStream(Protocol):
+    """Decodes one id at a time, holding back half a character."""
+
+    def push(self, token_id: int, /) -> str: ...
+    def flush(self) -> str: ...
+
+
+class TextTokenizer(Protocol):
+    """The part of a tokenizer that a reply needs."""
+
+    vocab_size: int
+    eos: tuple[int, ...]
+
+    def stream(self, *, continuing: bool = False) -> TextStream: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a reply cost: tokens and seconds. The consumer's own time is in none of them."""
+
+    prompt_tokens: int  # all tokens before the reply
+    reused_tokens: int  # of these, the ones that were in the cache already
+    completion_tokens: int  # all that were sampled, the one that ended the turn included
+    prefill_seconds: float
+    decode_seconds: float
+    dropped_tokens: int = 0  # left out by the overflow policy that was asked for
+    seed: int | None = None  # repeats the reply
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One token of a reply; the last one also says why the reply ended, and what it cost.
+
+    `text` is "" while half a character or the possible beginning of a stop string is held back;
+    the texts joined are the reply. `token` is None in a last chunk that no token belongs to.
+    `logprob` is the token's natural log probability under the model's raw logits.
+    """
+
+    text: str
+    token: int | None
+    logprob: float | None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+def generate(
+    session: RuntimeSession,
+    tokenizer: TextTokenizer,
+    ids: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    context: int,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    cancel: CancelToken | None = None,
+    history: Sequence[int] = (),
+    dropped: int = 0,
+    continuing: bool = True,
+) -> Iterator[Chunk]:
+    """Append `ids` to the session and sample a reply; arguments are checked at once.
+
+    `context` is how many tokens the session holds, prompt and reply together; `history` the ids
+    in its cache, which the penalties look at; `dropped` goes into the usage. `continuing=False`
+    drops the space that some tokenizers put before a text, as fits a chat's reply.
+
+    The reply ends with "stop" (an id of `tokenizer.eos`, never shown, or a stop string, cut off),
+    "length" (`max_tokens`; 0 only reads the prompt in), "context" (full) or "cancelled".
+
+    Wherever it ends, or the consumer leaves it, the cache holds the first `session.position` of
+    history, `ids` and the chunks' tokens; the newest token is never in it.
+
+    Raises ParameterError (no ids, or an argument out of range) and ContextOverflow here,
+    NonFiniteError while iterating.
+    """
+    if not ids:
+        raise ParameterError("the prompt has no tokens", field="ids", allowed="1 or more ids")
+    limit = MOST_TOKENS
+    if max_tokens is not None:
+        limit = checked_integer("max_tokens", max_tokens, 0, MOST_TOKENS)
+    sampler = Sampler(sampling or Sampling(), tokenizer.vocab_size)
+    stops = StopMatcher(checked_stops(stop))
+    _check_room(session, len(ids), context)
+    reply = _Reply(
+        session, tokenizer, sampler, stops, cancel, tokenizer.stream(continuing=continuing)
+    )
+    reply.recent.extend([*history[-reply.window :], *ids] if reply.window else ())
+    reply.dropped = dropped
+    return reply.chunks(list(ids), limit, context)
+
+
+def _check_room(session: RuntimeSession, count: int, context: int) -> None:
+    if session.position + count > context:
+        raise ContextOverflow(session.position + count, context)
+
+
+class _Reply:
+    """One reply under way."""
+
+    def __init__(
+        self,
+        session: RuntimeSession,
+        tokenizer: TextTokenizer,
+        sampler: Sampler,
+        stops: StopMatcher,
+        cancel: CancelToken | None,
+        stream: TextStream,
+    ) -> None:
+        self.session, self.sampler, self.stops = session, sampler, stops
+        self.cancel, self.stream, self.ends = cancel, stream, frozenset(tokenizer.eos)
+        self.window = sampler.sampling.penalty_window if sampler.sampling.penalized else 0
+        self.recent: deque[int] = deque(maxlen=self.window)
+        self.prompt_tokens = self.reused_tokens = self.completion_tokens = self.dropped = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def chunks(self, ids: list[int], limit: int, context: int) -> Iterator[Chunk]:
+        _check_room(self.session, len(ids), context)  # again: time may have passed
+        self.reused_tokens = self.session.position
+        self.prompt_tokens = self.reused_tokens + len(ids)
+        room = context - self.prompt_tokens
+        self.room = min(limit, room)
+        self.full: FinishReason = "length" if limit <= room else "context"
+        logits = self.prefill(ids)
+        if logits is not None and self.room == 0:
+            yield self.last(self.full)
+            return
+        while logits is not None:
+            chunk = self.advance(logits)
+            yield chunk
+            if chunk.finish_reason is not None or chunk.token is None:
+                return
+            logits = self.decode(chunk.token)
+        yield self.last("cancelled")
+
+    def prefill(self, ids: list[int]) -> "NDArray[np.float32] | None":
+        started = perf_counter()
+        logits = self.forward(ids)
+        self.prefill_seconds = perf_counter() - started
+        return logits
+
+    def decode(self, token: int) -> "NDArray[np.float32] | None":
+        started = perf_counter()
+        logits = self.forward([token])
+        self.decode_seconds += perf_counter() - started
+        return logits
+
+    def forward(self, ids: list[int]) -> "NDArray[np.float32] | None":
+        """Logits after `ids`, or None if cancelled before, meanwhile or by the end."""
+        if self.cancelled:
+            return None
+        try:
+            logits = self.session.forward(ids, cancel=self.cancel)
+        except Cancelled:
+            return None
+        return None if self.cancelled else logits
+
+    @property
+    def cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.cancelled
+
+    def advance(self, logits: "NDArray[np.float32]") -> Chunk:
+        """Sample one token and make its chunk."""
+        token, logprob = self.sample(logits)
+        if token in self.ends:
+            return self.last("stop", "", token, logprob)
+        text, stopped = self.stops.push(self.stream.push(token))
+        if stopped:
+            return Chunk(text, token, logprob, "stop", self.usage())
+        if self.completion_tokens == self.room:
+            return self.last(self.full, text, token, logprob)
+        return Chunk(text, token, logprob)
+
+    def sample(self, logits: "NDArray[np.float32]") -> tuple[int, float]:
+        started = perf_counter()
+        known = logits[: self.sampler.vocab_size]  # a padded head has ids without any text
+        token, logprob = self.sampler.sample(known, self.recent, self.session.position)
+        self.recent.append(token)
+        self.completion_tokens += 1
+        self.decode_seconds += perf_counter() - started
+        return token, logprob
+
+    def last(
+        self,
+        reason: FinishReason,
+        text: str = "",
+        token: int | None = None,
+        logprob: float | None = None,
+    ) -> Chunk:
+        """The last chunk, with all the text that was held back."""
+        tail, stopped = self.stops.push(self.stream.flush())
+        text += tail + self.stops.flush()
+        return Chunk(text, token, logprob, "stop" if stopped else reason, self.usage())
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
+            completion_tokens=self.completion_tokens,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            dropped_tokens=self.dropped,
+            seed=self.sampler.seed,
+        )
