@@ -38,10 +38,11 @@ COUNTER_BYTES = 128
 DONE = 64
 
 # A token's activations, packed for a matrix product into records that lie [columns][token].
-# For integer products 32 columns each: 32 int8 codes, f32 scale, i32 sum of codes, f32
-# scale * sum. For float products 8 columns each.
-Q8_RECORD = 48
-Q8_SCALE, Q8_SUM, Q8_SCALED_SUM = 32, 36, 40
+# For integer products 32 columns each, as two halves of 16 with a scale of their own (half the
+# error of one scale for 32): 32 int8 codes, 2 f32 scales, 2 i32 sums of codes, f32 sum of
+# scale * sum, padded to a cache line. For float products 8 columns each.
+Q8_RECORD = 64
+Q8_SCALES, Q8_SUMS, Q8_SCALED_SUM = 32, 40, 48
 F32_RECORD, F32_COLUMNS = 32, 8
 
 ATTENTION_BLOCK = 64  # cache positions a softmax step takes at once

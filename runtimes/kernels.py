@@ -55,21 +55,28 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @inline
-def pack_q8(a, b, record):  # type: ignore[no-untyped-def]
-    """32 float32 as int8 codes with one scale; an (almost) zero block gets scale 0."""
-    largest = simd.max_f32(simd.maximum(simd.absolute(a), simd.absolute(b)))
+def pack_q8_half(x, codes, scale_at, sum_at):  # type: ignore[no-untyped-def]
+    """16 float32 as int8 codes with one scale; (almost) zeros get scale 0. Gives scale * sum."""
+    largest = simd.max_f32(simd.absolute(x))
     scale = largest / float32(127.0)
     inverse = float32(127.0) / largest
     if largest < float32(1e-30):  # its inverse could overflow
         scale, inverse = float32(0.0), float32(0.0)
-    p = simd.round_i32(simd.mul(a, simd.splat_f32(inverse)))
-    q = simd.round_i32(simd.mul(b, simd.splat_f32(inverse)))
-    simd.store_as_i8x16(record, p)
-    simd.store_as_i8x16(record + LANES, q)
-    total = simd.sum_i32(simd.add(p, q))
-    simd.store_f32(record + abi.Q8_SCALE, scale)
-    simd.store_i32(record + abi.Q8_SUM, total)
-    simd.store_f32(record + abi.Q8_SCALED_SUM, scale * float32(total))
+    rounded = simd.round_i32(simd.mul(x, simd.splat_f32(inverse)))
+    simd.store_as_i8x16(codes, rounded)
+    total = simd.sum_i32(rounded)
+    simd.store_f32(scale_at, scale)
+    simd.store_i32(sum_at, total)
+    return scale * float32(total)
+
+
+@inline
+def pack_q8(a, b, record):  # type: ignore[no-untyped-def]
+    """32 columns as one record for integer products."""
+    scales, sums = record + abi.Q8_SCALES, record + abi.Q8_SUMS
+    first = pack_q8_half(a, record, scales, sums)
+    second = pack_q8_half(b, record + LANES, scales + 4, sums + 4)
+    simd.store_f32(record + abi.Q8_SCALED_SUM, first + second)
 
 
 @inline

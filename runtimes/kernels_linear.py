@@ -20,7 +20,7 @@ from edgellama.runtimes.kernels import argument
 from edgellama.runtimes.repack import LAYOUTS
 
 WORD, LANES, TILE = abi.WORD, abi.LANES, abi.TILE
-Q8_SCALE, Q8_SUM, Q8_SCALED_SUM = abi.Q8_SCALE, abi.Q8_SUM, abi.Q8_SCALED_SUM
+Q8_SCALES, Q8_SUMS, Q8_SCALED_SUM = abi.Q8_SCALES, abi.Q8_SUMS, abi.Q8_SCALED_SUM
 AHEAD = 2304  # bytes; where prefetching pays most on the machines measured
 
 Kernel = Callable[[int, int, int, int, int], None]
@@ -130,44 +130,46 @@ def load_nibbles(p):  # type: ignore[no-untyped-def]
 
 
 @inline
-def dot_small(codes, x, start):  # type: ignore[no-untyped-def]
-    """start + codes (up to 127) times the record's 32 int8; two chains hide the latency."""
-    a = simd.dot4_small(start, codes[0], simd.splat_4bytes(x))
-    b = simd.dot4_small(simd.splat_i32(int32(0)), codes[4], simd.splat_4bytes(x + 16))
+def dot_small(codes, x, first, second):  # type: ignore[no-untyped-def]
+    """Codes (up to 127) times the record's int8: first + columns 0..15, second + 16..31."""
+    a = simd.dot4_small(first, codes[0], simd.splat_4bytes(x))
+    b = simd.dot4_small(second, codes[4], simd.splat_4bytes(x + 16))
     a = simd.dot4_small(a, codes[1], simd.splat_4bytes(x + 4))
     b = simd.dot4_small(b, codes[5], simd.splat_4bytes(x + 20))
     a = simd.dot4_small(a, codes[2], simd.splat_4bytes(x + 8))
     b = simd.dot4_small(b, codes[6], simd.splat_4bytes(x + 24))
     a = simd.dot4_small(a, codes[3], simd.splat_4bytes(x + 12))
     b = simd.dot4_small(b, codes[7], simd.splat_4bytes(x + 28))
-    return simd.add(a, b)
+    return a, b
 
 
 @inline
-def dot_large(codes, x, start):  # type: ignore[no-untyped-def]
+def dot_large(codes, x, first, second):  # type: ignore[no-untyped-def]
     """`dot_small` for codes up to 255."""
-    a = simd.dot4(start, codes[0], simd.splat_4bytes(x))
-    b = simd.dot4(simd.splat_i32(int32(0)), codes[4], simd.splat_4bytes(x + 16))
+    a = simd.dot4(first, codes[0], simd.splat_4bytes(x))
+    b = simd.dot4(second, codes[4], simd.splat_4bytes(x + 16))
     a = simd.dot4(a, codes[1], simd.splat_4bytes(x + 4))
     b = simd.dot4(b, codes[5], simd.splat_4bytes(x + 20))
     a = simd.dot4(a, codes[2], simd.splat_4bytes(x + 8))
     b = simd.dot4(b, codes[6], simd.splat_4bytes(x + 24))
     a = simd.dot4(a, codes[3], simd.splat_4bytes(x + 12))
     b = simd.dot4(b, codes[7], simd.splat_4bytes(x + 28))
-    return simd.add(a, b)
+    return a, b
 
 
 @inline
 def scaled(whole, scales, x, total):  # type: ignore[no-untyped-def]
-    """total + integer products times the rows' scales times the record's."""
-    scale = simd.mul(scales, simd.splat_f32(simd.load_f32(x + Q8_SCALE)))
-    return simd.fma(simd.to_f32(whole), scale, total)
+    """total + integer products of both halves times the record's scales times the rows'."""
+    a, b = whole
+    first, second = simd.load_f32(x + Q8_SCALES), simd.load_f32(x + Q8_SCALES + 4)
+    sum_ = simd.mul(simd.to_f32(a), simd.splat_f32(first))
+    return simd.fma(simd.fma(simd.to_f32(b), simd.splat_f32(second), sum_), scales, total)
 
 
 @inline
-def minus_sums(x, factor):  # type: ignore[no-untyped-def]
-    """What codes stored `factor` too high add to a product, taken off beforehand."""
-    return simd.splat_i32(int32(-factor * simd.load_i32(x + Q8_SUM)))
+def minus_sum(x, half, factor):  # type: ignore[no-untyped-def]
+    """What codes stored `factor` too high add to half a product, taken off beforehand."""
+    return simd.splat_i32(int32(-factor * simd.load_i32(x + Q8_SUMS + 4 * half)))
 
 
 @inline
@@ -186,7 +188,8 @@ def load_q4_0(p):  # type: ignore[no-untyped-def]
 @inline
 def dot_q4_0(weights, x, total):  # type: ignore[no-untyped-def]
     codes, scales = weights
-    return scaled(dot_small(codes, x, minus_sums(x, 8)), scales, x, total)
+    whole = dot_small(codes, x, minus_sum(x, 0, 8), minus_sum(x, 1, 8))
+    return scaled(whole, scales, x, total)
 
 
 @inline
@@ -204,7 +207,8 @@ def load_q4_1(p):  # type: ignore[no-untyped-def]
 @inline
 def dot_q4_1(weights, x, total):  # type: ignore[no-untyped-def]
     codes, scales, minima = weights
-    total = scaled(dot_small(codes, x, simd.splat_i32(int32(0))), scales, x, total)
+    zero = simd.splat_i32(int32(0))
+    total = scaled(dot_small(codes, x, zero, zero), scales, x, total)
     return simd.fma(minima, simd.splat_f32(simd.load_f32(x + Q8_SCALED_SUM)), total)
 
 
@@ -234,7 +238,8 @@ def load_q8_0(p):  # type: ignore[no-untyped-def]
 @inline
 def dot_q8_0(weights, x, total):  # type: ignore[no-untyped-def]
     codes, scales = weights
-    return scaled(dot_large(codes, x, minus_sums(x, 128)), scales, x, total)
+    whole = dot_large(codes, x, minus_sum(x, 0, 128), minus_sum(x, 1, 128))
+    return scaled(whole, scales, x, total)
 
 
 @inline
