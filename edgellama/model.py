@@ -160,7 +160,9 @@ class Model:
             raise ParameterError(f"overflow = {shown(overflow)}; allowed: error", field="overflow")
         own = session or self.session()
         ids = self.chat_ids(messages, template=template)
-        return own.generate(ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel)
+        return own.generate(
+            ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, continuing=False
+        )
 
     def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None

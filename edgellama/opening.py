@@ -61,7 +61,7 @@ def load(
     NonFiniteError for the file; ParameterError, DeviceUnavailable, OutOfMemory, Cancelled.
     """
     chosen = _check_choice(runtime, device, dtype, deterministic)
-    file_path = model_path(path)
+    file_path = model_path(os.fspath(path))
     with open_gguf(file_path) as file:
         config = model_config(file)
         warnings = [*file.warnings, *check_tensors(file, config)]

@@ -96,8 +96,13 @@ class Session:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         cancel: CancelToken | None = None,
+        continuing: bool = True,
     ) -> Iterator[Chunk]:
-        """Continue a whole prompt of ids; what the cache already holds of it is not recomputed."""
+        """Continue a whole prompt of ids; what the cache already holds of it is not recomputed.
+
+        continuing=False starts a text of its own, as a chat's reply is. Raises what `forward`
+        raises, here; NonFiniteError while iterating.
+        """
         checked = self._check(ids)
         need, have = len(checked), self._model.info.context
         if need > have:
@@ -105,6 +110,7 @@ class Session:
         with self._lock:
             shared = self._shared(checked)
             self.truncate(shared)
+            history = tuple(self._ids)
         return generate(
             self,
             self._model.tokenizer,
@@ -114,6 +120,8 @@ class Session:
             max_tokens=max_tokens,
             stop=stop,
             cancel=cancel,
+            history=history,
+            continuing=continuing,
         )
 
     def _shared(self, ids: list[int]) -> int:

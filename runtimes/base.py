@@ -33,7 +33,10 @@ class Options:
 class RuntimeSession(Protocol):
     """One conversation's key/value cache."""
 
-    position: int  # tokens in the cache
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        ...
 
     def forward(
         self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None

@@ -61,9 +61,8 @@ def _translate(function: Callable[..., Any], n: int) -> tuple[str, str]:
     _initialize()
     for name in _EXTERNAL:  # never run by Numba, which only insists that the names exist
         llvm.add_symbol(f"edgellama.{name}", llvm.address_of_symbol("abort") or 1)
-    dispatcher: Any = numba.njit(
-        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
+    njit: Any = numba.njit  # its types leave out the last two options
+    dispatcher = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     signature = (types.int64,) * n
     dispatcher.compile(signature)
     compiled = dispatcher.overloads[signature]

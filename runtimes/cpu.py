@@ -125,7 +125,8 @@ class _Weights:
                 vector[: info.shape[0]] = loader.array(name)
                 self.vectors[name] = vector
         self.warnings = loader.warnings
-        self.n_bytes = sum(r.nbytes for r in (*self.rooms, *self.vectors.values()))
+        self.n_bytes = sum(room.nbytes for room in self.rooms)
+        self.n_bytes += sum(vector.nbytes for vector in self.vectors.values())
 
     @staticmethod
     def _neighbours(graph: Graph) -> list[list[str]]:

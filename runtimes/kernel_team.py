@@ -8,6 +8,8 @@ others up by at most the units it has claimed.
 Knows nothing about what an instruction computes.
 """
 
+from typing import Any
+
 from numba import int64
 
 from edgellama.runtimes import abi, simd
@@ -20,13 +22,13 @@ SHARES = 4  # pieces that each thread's part of an instruction is cut into
 
 
 @inline
-def units_of(instruction, state):  # type: ignore[no-untyped-def]
+def units_of(instruction: int, state: int) -> Any:
     units = simd.load_i64(instruction + abi.UNITS * WORD)
     return units * simd.load_i64(state + simd.load_i64(instruction + abi.TIMES * WORD) * WORD)
 
 
 @inline
-def reset(counters, n_instructions, epoch):  # type: ignore[no-untyped-def]
+def reset(counters: int, n_instructions: int, epoch: int) -> None:
     """Open every instruction for this epoch, and close it to threads of an earlier one."""
     for i in range(n_instructions):
         simd.atomic_store(counters + i * abi.COUNTER_BYTES + abi.DONE, epoch << 32)
@@ -35,7 +37,7 @@ def reset(counters, n_instructions, epoch):  # type: ignore[no-untyped-def]
 
 
 @inline
-def work(instruction, claim, units, epoch, state, thread):  # type: ignore[no-untyped-def]
+def work(instruction: int, claim: int, units: int, epoch: int, state: int, thread: int) -> bool:
     """Claim and do units until none is left; False if the epoch is over."""
     grain = max(int64(1), units // (SHARES * simd.load_i64(state + abi.THREADS * WORD)))
     function = simd.load_i64(instruction + abi.FUNCTION * WORD)
@@ -53,7 +55,7 @@ def work(instruction, claim, units, epoch, state, thread):  # type: ignore[no-un
 
 
 @inline
-def wait(claim, units, epoch, state):  # type: ignore[no-untyped-def]
+def wait(claim: int, units: int, epoch: int, state: int) -> bool:
     """Until all units of an instruction are done; False if the epoch is over."""
     spins = 0
     while True:
@@ -71,7 +73,7 @@ def wait(claim, units, epoch, state):  # type: ignore[no-untyped-def]
 
 
 @inline
-def close(counters, first, n_instructions, epoch):  # type: ignore[no-untyped-def]
+def close(counters: int, first: int, n_instructions: int, epoch: int) -> None:
     """Stop the epoch from instruction `first` on: no new claims, and none left unfinished."""
     for i in range(first, n_instructions):
         claim = counters + i * abi.COUNTER_BYTES

@@ -8,6 +8,8 @@ them. Rows are float32, padded with zeros to a multiple of 32. The slow twins ar
 Knows nothing about threads, types of weights or Python objects: addresses and numbers only.
 """
 
+from typing import Any
+
 from numba import float32, int32, int64
 
 from edgellama.runtimes import abi, simd
@@ -19,13 +21,13 @@ KEYS_AT_ONCE = abi.ATTENTION_BLOCK
 
 
 @inline
-def argument(instruction: int, index: int) -> int:
+def argument(instruction: int, index: int) -> Any:
     """Word `index` of the kernel's own arguments."""
     return simd.load_i64(instruction + (ARGS + index) * WORD)
 
 
 @inline
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x: Any) -> Any:
     """e ** x for sixteen lanes within 2 units in the last place; minus infinity gives 0.
 
     x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e ** r (Cephes' expf).
@@ -55,7 +57,7 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @inline
-def pack_q8_half(x, codes, scale_at, sum_at):  # type: ignore[no-untyped-def]
+def pack_q8_half(x: Any, codes: int, scale_at: int, sum_at: int) -> Any:
     """16 float32 as int8 codes with one scale; (almost) zeros get scale 0. Gives scale * sum."""
     largest = simd.max_f32(simd.absolute(x))
     scale = largest / float32(127.0)
@@ -71,7 +73,7 @@ def pack_q8_half(x, codes, scale_at, sum_at):  # type: ignore[no-untyped-def]
 
 
 @inline
-def pack_q8(a, b, record):  # type: ignore[no-untyped-def]
+def pack_q8(a: Any, b: Any, record: int) -> None:
     """32 columns as one record for integer products."""
     scales, sums = record + abi.Q8_SCALES, record + abi.Q8_SUMS
     first = pack_q8_half(a, record, scales, sums)
@@ -80,7 +82,7 @@ def pack_q8(a, b, record):  # type: ignore[no-untyped-def]
 
 
 @inline
-def pack(a, b, block, token, n_tokens, q8, f32):  # type: ignore[no-untyped-def]
+def pack(a: Any, b: Any, block: int, token: int, n_tokens: int, q8: int, f32: int) -> None:
     """Store 32 columns in each format that has an address."""
     if q8 != 0:
         pack_q8(a, b, q8 + (block * n_tokens + token) * abi.Q8_RECORD)
@@ -135,7 +137,7 @@ def norm(instruction: int, state: int, first: int, last: int, thread: int) -> No
 
 
 @inline
-def silu_mul(gate, up):  # type: ignore[no-untyped-def]
+def silu_mul(gate: Any, up: Any) -> Any:
     """gate / (1 + exp(-gate)) * up."""
     one = simd.splat_f32(float32(1.0))
     grown = exp(simd.sub(simd.splat_f32(float32(0.0)), gate))
@@ -176,7 +178,7 @@ def select(instruction: int, state: int, first: int, last: int, thread: int) -> 
 
 
 @inline
-def rotate(x, angles, pairs):  # type: ignore[no-untyped-def]
+def rotate(x: int, angles: int, pairs: int) -> None:
     """Turn `pairs` neighbouring pairs of float32 at x, in place."""
     for i in range(pairs):
         cos, sin = simd.load_f32(angles + i * 8), simd.load_f32(angles + i * 8 + 4)
@@ -220,7 +222,7 @@ def rope(instruction: int, state: int, first: int, last: int, thread: int) -> No
 
 
 @inline
-def store_key(x, to, position, head_dim, half):  # type: ignore[no-untyped-def]
+def store_key(x: int, to: int, position: int, head_dim: int, half: int) -> None:
     """One key: a column of its block of 16 positions."""
     at = (position // LANES) * head_dim * LANES + position % LANES
     for i in range(head_dim):
@@ -232,7 +234,7 @@ def store_key(x, to, position, head_dim, half):  # type: ignore[no-untyped-def]
 
 
 @inline
-def store_value(x, to, position, head_dim, half):  # type: ignore[no-untyped-def]
+def store_value(x: int, to: int, position: int, head_dim: int, half: int) -> None:
     """One value: a row of its own; the padding behind it holds zeros from the start."""
     width = (head_dim + LANES - 1) // LANES * LANES
     for i in range(head_dim):
@@ -244,7 +246,7 @@ def store_value(x, to, position, head_dim, half):  # type: ignore[no-untyped-def
 
 
 @inline
-def load_cached(address, half):  # type: ignore[no-untyped-def]
+def load_cached(address: int, half: int) -> Any:
     """Sixteen cached numbers as float32."""
     if half != 0:
         return simd.load_f16x16(address)
@@ -252,7 +254,7 @@ def load_cached(address, half):  # type: ignore[no-untyped-def]
 
 
 @inline
-def score16(query, keys, head_dim, half):  # type: ignore[no-untyped-def]
+def score16(query: int, keys: int, head_dim: int, half: int) -> Any:
     """Dot products of one query with 16 keys."""
     size = 4 - 2 * half
     total = simd.splat_f32(float32(0.0))
@@ -263,7 +265,17 @@ def score16(query, keys, head_dim, half):  # type: ignore[no-untyped-def]
 
 
 @inline
-def attend(query, out, keys, values, low, high, head_dim, half, scratch):  # type: ignore[no-untyped-def]
+def attend(
+    query: int,
+    out: int,
+    keys: int,
+    values: int,
+    low: int,
+    high: int,
+    head_dim: int,
+    half: int,
+    scratch: int,
+) -> None:
     """Softmax-weighted sum of values low..high-1 for one query, block by block of 64 positions.
 
     Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): each block rescales what was

@@ -30,7 +30,7 @@ def _linear(load: Any, dot: Any, block_bytes: int, record_bytes: int) -> Kernel:
     """The matrix product of one weight type, from its two pieces."""
 
     @inline
-    def one_token(w, blocks, x):  # type: ignore[no-untyped-def]
+    def one_token(w: int, blocks: int, x: int) -> Any:
         """16 rows times one record row; the running total never leaves its register."""
         total = simd.splat_f32(float32(0.0))
         for block in range(blocks):
@@ -41,7 +41,7 @@ def _linear(load: Any, dot: Any, block_bytes: int, record_bytes: int) -> Kernel:
         return total
 
     @inline
-    def tile(w, blocks, x, n_tokens, count, totals):  # type: ignore[no-untyped-def]
+    def tile(w: int, blocks: int, x: int, n_tokens: int, count: int, totals: int) -> None:
         """16 rows times `count` tokens: each block is unpacked once for all of them."""
         for t in range(count):
             simd.store_f32x16(totals + t * 64, simd.splat_f32(float32(0.0)))
@@ -113,7 +113,7 @@ def _embed(decode: Any, block_bytes: int, columns: int) -> Kernel:
 
 
 @inline
-def load_nibbles(p):  # type: ignore[no-untyped-def]
+def load_nibbles(p: int) -> Any:
     """256 bytes: chunk j holds columns 4j..4j+3 (low) and 16+4j..16+4j+3 (high) of 16 rows."""
     a, b = simd.load_i8x64(p), simd.load_i8x64(p + 64)
     c, d = simd.load_i8x64(p + 128), simd.load_i8x64(p + 192)
@@ -130,7 +130,7 @@ def load_nibbles(p):  # type: ignore[no-untyped-def]
 
 
 @inline
-def dot_small(codes, x, first, second):  # type: ignore[no-untyped-def]
+def dot_small(codes: Any, x: int, first: Any, second: Any) -> Any:
     """Codes (up to 127) times the record's int8: first + columns 0..15, second + 16..31."""
     a = simd.dot4_small(first, codes[0], simd.splat_4bytes(x))
     b = simd.dot4_small(second, codes[4], simd.splat_4bytes(x + 16))
@@ -144,7 +144,7 @@ def dot_small(codes, x, first, second):  # type: ignore[no-untyped-def]
 
 
 @inline
-def dot_large(codes, x, first, second):  # type: ignore[no-untyped-def]
+def dot_large(codes: Any, x: int, first: Any, second: Any) -> Any:
     """`dot_small` for codes up to 255."""
     a = simd.dot4(first, codes[0], simd.splat_4bytes(x))
     b = simd.dot4(second, codes[4], simd.splat_4bytes(x + 16))
@@ -158,7 +158,7 @@ def dot_large(codes, x, first, second):  # type: ignore[no-untyped-def]
 
 
 @inline
-def scaled(whole, scales, x, total):  # type: ignore[no-untyped-def]
+def scaled(whole: Any, scales: Any, x: int, total: Any) -> Any:
     """total + integer products of both halves times the record's scales times the rows'."""
     a, b = whole
     first, second = simd.load_f32(x + Q8_SCALES), simd.load_f32(x + Q8_SCALES + 4)
@@ -167,13 +167,13 @@ def scaled(whole, scales, x, total):  # type: ignore[no-untyped-def]
 
 
 @inline
-def minus_sum(x, half, factor):  # type: ignore[no-untyped-def]
+def minus_sum(x: int, half: int, factor: int) -> Any:
     """What codes stored `factor` too high add to half a product, taken off beforehand."""
     return simd.splat_i32(int32(-factor * simd.load_i32(x + Q8_SUMS + 4 * half)))
 
 
 @inline
-def nibble(p, lane, column):  # type: ignore[no-untyped-def]
+def nibble(p: int, lane: int, column: int) -> Any:
     """One 4-bit code of a repacked block."""
     byte = simd.load_u8(p + (column % 16) // 4 * 64 + lane * 4 + column % 4)
     return byte >> 4 if column >= 16 else byte & 15
@@ -181,31 +181,31 @@ def nibble(p, lane, column):  # type: ignore[no-untyped-def]
 
 # Q4_0: 16 f16 scales, 256 bytes of codes 8 too high.
 @inline
-def load_q4_0(p):  # type: ignore[no-untyped-def]
+def load_q4_0(p: int) -> Any:
     return load_nibbles(p + 32), simd.load_f16x16(p)
 
 
 @inline
-def dot_q4_0(weights, x, total):  # type: ignore[no-untyped-def]
+def dot_q4_0(weights: Any, x: int, total: Any) -> Any:
     codes, scales = weights
     whole = dot_small(codes, x, minus_sum(x, 0, 8), minus_sum(x, 1, 8))
     return scaled(whole, scales, x, total)
 
 
 @inline
-def decode_q4_0(p, lane, column):  # type: ignore[no-untyped-def]
+def decode_q4_0(p: int, lane: int, column: int) -> Any:
     scale = simd.lane_f32(simd.load_f16x16(p), lane)
     return scale * float32(nibble(p + 32, lane, column) - 8)
 
 
 # Q4_1: 16 f16 scales, 16 f16 minima, 256 bytes of codes.
 @inline
-def load_q4_1(p):  # type: ignore[no-untyped-def]
+def load_q4_1(p: int) -> Any:
     return load_nibbles(p + 64), simd.load_f16x16(p), simd.load_f16x16(p + 32)
 
 
 @inline
-def dot_q4_1(weights, x, total):  # type: ignore[no-untyped-def]
+def dot_q4_1(weights: Any, x: int, total: Any) -> Any:
     codes, scales, minima = weights
     zero = simd.splat_i32(int32(0))
     total = scaled(dot_small(codes, x, zero, zero), scales, x, total)
@@ -213,7 +213,7 @@ def dot_q4_1(weights, x, total):  # type: ignore[no-untyped-def]
 
 
 @inline
-def decode_q4_1(p, lane, column):  # type: ignore[no-untyped-def]
+def decode_q4_1(p: int, lane: int, column: int) -> Any:
     scale = simd.lane_f32(simd.load_f16x16(p), lane)
     minimum = simd.lane_f32(simd.load_f16x16(p + 32), lane)
     return scale * float32(nibble(p + 64, lane, column)) + minimum
@@ -221,7 +221,7 @@ def decode_q4_1(p, lane, column):  # type: ignore[no-untyped-def]
 
 # Q8_0: 16 f16 scales, 512 bytes of codes 128 too high, so that they are unsigned.
 @inline
-def load_q8_0(p):  # type: ignore[no-untyped-def]
+def load_q8_0(p: int) -> Any:
     codes = (
         simd.load_i8x64(p + 32),
         simd.load_i8x64(p + 96),
@@ -236,14 +236,14 @@ def load_q8_0(p):  # type: ignore[no-untyped-def]
 
 
 @inline
-def dot_q8_0(weights, x, total):  # type: ignore[no-untyped-def]
+def dot_q8_0(weights: Any, x: int, total: Any) -> Any:
     codes, scales = weights
     whole = dot_large(codes, x, minus_sum(x, 0, 128), minus_sum(x, 1, 128))
     return scaled(whole, scales, x, total)
 
 
 @inline
-def decode_q8_0(p, lane, column):  # type: ignore[no-untyped-def]
+def decode_q8_0(p: int, lane: int, column: int) -> Any:
     code = simd.load_u8(p + 32 + column // 4 * 64 + lane * 4 + column % 4) - 128
     return simd.lane_f32(simd.load_f16x16(p), lane) * float32(code)
 
@@ -259,7 +259,7 @@ def _float_pieces(load16: Any, size: int) -> tuple[Any, Any, Any]:
     wide = LANES * size
 
     @inline
-    def load(p):  # type: ignore[no-untyped-def]
+    def load(p: int) -> Any:
         return (
             load16(p),
             load16(p + wide),
@@ -272,20 +272,20 @@ def _float_pieces(load16: Any, size: int) -> tuple[Any, Any, Any]:
         )
 
     @inline
-    def pair(v, w, x):  # type: ignore[no-untyped-def]
+    def pair(v: Any, w: Any, x: int) -> Any:
         """Two columns times two activations."""
         first = simd.mul(v, simd.splat_f32(simd.load_f32(x)))
         return simd.fma(w, simd.splat_f32(simd.load_f32(x + 4)), first)
 
     @inline
-    def dot(w, x, total):  # type: ignore[no-untyped-def]
+    def dot(w: Any, x: int, total: Any) -> Any:
         """A tree of additions within the block keeps the chain through `total` short."""
         a = simd.add(pair(w[0], w[1], x), pair(w[2], w[3], x + 8))
         b = simd.add(pair(w[4], w[5], x + 16), pair(w[6], w[7], x + 24))
         return simd.add(total, simd.add(a, b))
 
     @inline
-    def decode(p, lane, column):  # type: ignore[no-untyped-def]
+    def decode(p: int, lane: int, column: int) -> Any:
         return simd.lane_f32(load16(p + column * wide), lane)
 
     return load, dot, decode

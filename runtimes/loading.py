@@ -43,7 +43,7 @@ class Loader:
 
     def _read(self, info: TensorInfo, first: int, rows: int) -> NDArray[np.uint8]:
         raw = np.empty((rows, info.row_bytes), np.uint8)
-        self.file.read_into(info.name, memoryview(raw).cast("B"), first * info.row_bytes)
+        self.file.read_into(info.name, raw.data.cast("B"), first * info.row_bytes)
         self.done += raw.nbytes
         if self.options.cancel:
             self.options.cancel.check("loading the model")

@@ -81,7 +81,8 @@ class ReferenceSession:
             rows.append(self.run(chunk, list(wanted))["output"])
         if all_logits:
             return np.concatenate(rows).astype(np.float32)
-        return rows[-1][-1].astype(np.float32)
+        last: NDArray[np.float32] = rows[-1][-1].astype(np.float32)
+        return last
 
     def run(self, ids: Sequence[int], rows: Sequence[int]) -> dict[str, Array]:
         """Execute the graph on some tokens; every value by its name."""
@@ -111,12 +112,15 @@ class ReferenceSession:
         return self.model.weights[node.weight]
 
     def embed(self, node: Node, tokens: Array) -> Array:
-        return self.weight(node)[tokens]  # (t, dim)
+        rows: Array = self.weight(node)[tokens]  # (t, dim)
+        return rows
 
     def norm(self, node: Node, x: Array) -> Array:
         """Zhang and Sennrich 2019, arXiv:1910.07467."""
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
-        return x / np.sqrt(mean_square + self.model.dtype(self.config.norm_eps)) * self.weight(node)
+        eps = self.model.dtype(self.config.norm_eps)
+        normed: Array = x / np.sqrt(mean_square + eps) * self.weight(node)
+        return normed
 
     def linear(self, node: Node, x: Array) -> Array:
         result: Array = x @ self.weight(node).T
@@ -147,7 +151,8 @@ class ReferenceSession:
         scores = np.where(visible, scores, -np.inf)
         grown = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights = grown / grown.sum(axis=-1, keepdims=True)
-        return np.einsum("kgtp,pkd->tkgd", weights, values).reshape(n, c.q_dim)
+        mixed: Array = np.einsum("kgtp,pkd->tkgd", weights, values)
+        return mixed.reshape(n, c.q_dim)
 
     def _append(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         shape = (len(k), self.config.n_kv_heads, self.config.head_dim)
@@ -161,10 +166,12 @@ class ReferenceSession:
     def swiglu(self, node: Node, gate: Array, up: Array) -> Array:
         """Shazeer 2020, arXiv:2002.05202."""
         with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right 0
-            return gate / (1 + np.exp(-gate)) * up
+            gated: Array = gate / (1 + np.exp(-gate)) * up
+        return gated
 
     def add(self, node: Node, a: Array, b: Array) -> Array:
         return a + b
 
     def select(self, node: Node, x: Array, rows: Array) -> Array:
-        return x[rows]
+        chosen: Array = x[rows]
+        return chosen

@@ -19,8 +19,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic, models, register_model
 
-# Numba does not type `intrinsic`; this is the one place where that is papered over.
+# Numba does not type these; this is the one place where that is papered over.
 _intrinsic: Callable[[Any], Any] = _numba_intrinsic
+_insert_function: Callable[..., Any] = cgutils.get_or_insert_function
 Emit = Callable[..., Any]
 
 _ELEMENTS = {
@@ -32,7 +33,7 @@ _ELEMENTS = {
 }
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """`lanes` elements of one kind, held in registers."""
 
     def __init__(self, element: str, lanes: int) -> None:
@@ -45,9 +46,10 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Any) -> None:
-        super().__init__(manager, vector, vector.llvm)
+        initialize: Any = super().__init__
+        initialize(manager, vector, vector.llvm)
 
 
 i8x16 = Vector("i8", 16)
@@ -117,9 +119,8 @@ def _splat(b: Any, value: Any, lanes: int = 16) -> Any:
 
 
 def _call(b: Any, name: str, result: Any, *args: Any) -> Any:
-    function = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(result, [a.type for a in args]), name
-    )
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = _insert_function(b.module, kind, name)
     return b.call(function, args)
 
 
