@@ -7,6 +7,7 @@ here, before a kernel sees it. Knows nothing about how weights are stored in mem
 import math
 import re
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgellama.config import ModelConfig, config_from_gguf
@@ -237,7 +238,12 @@ def rope_factors(file: GGUF, config: ModelConfig) -> list[float] | None:
     return factors
 
 
-def check_finite(info: TensorInfo, raw: "NDArray[np.uint8]", first_block: int = 0) -> bool:
+def check_finite(
+    info: TensorInfo,
+    raw: "NDArray[np.uint8]",
+    first_block: int = 0,
+    path: str | Path | None = None,
+) -> bool:
     """Refuse NaN and infinity in a chunk of a tensor's bytes; True if the chunk is all zeros.
 
     `raw` holds whole blocks, the first being number `first_block` of the tensor. Looks at the
@@ -260,6 +266,7 @@ def check_finite(info: TensorInfo, raw: "NDArray[np.uint8]", first_block: int = 
         what = "value" if name in FLOATS else "scale"
         raise NonFiniteError(
             f"block {block}: a {what} is NaN or infinite; {count} such {what}s in this part",
+            path=path,
             where=f"tensor {shown(info.name)}",
             field=what,
             value=count,

@@ -278,9 +278,9 @@ def test_numbers_that_are_not_finite_are_refused(kind: str, nan: bool) -> None:
     last = raw.size // info.type.size - 1
     poison(kind, raw, last, nan, half=-1)
     with pytest.raises(
-        NonFiniteError, match=rf"'blk.0.attn_q.weight': block {last + 3}: .* 1 such"
+        NonFiniteError, match=rf"x.gguf: .*'blk.0.attn_q.weight': block {last + 3}: .* 1 such"
     ):
-        check_finite(info, raw, first_block=3)
+        check_finite(info, raw, first_block=3, path="/m/x.gguf")
     poison(kind, raw, 1, nan)
     with pytest.raises(NonFiniteError, match=r"block 1: .* 2 such"):
         check_finite(info, raw)
