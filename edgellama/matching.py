@@ -5,28 +5,28 @@ Knows nothing about vocabularies' files, bytes or ids.
 
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
+
+_POSITION_BITS = 40  # of a heap entry; the rank is above them
 
 
-def merge(symbols: list[str], ranks: Mapping[str, float], glue: str = "") -> list[str]:
+def merge(symbols: list[str], ranks: Mapping[str, int], glue: str = "") -> list[str]:
     """Byte-pair merging (Sennrich et al., arXiv:1508.07909): the lowest rank first, then leftmost.
 
     `ranks` maps `left + glue + right` to its rank. A heap over a linked list, O(n log n) in the
-    number of symbols: a pair is never searched for twice. Pairs made stale by a merge stay in the
-    heap and are recognised when they come up, because a symbol only ever grows.
+    number of symbols. A heap entry is one integer, rank and position, which a merge may leave
+    stale; it counts if the pair that stands there when it comes up still has that rank.
     """
     end = len(symbols)
     text, after, before = list(symbols), list(range(1, end + 1)), list(range(-1, end))
-    heap = []
-    for i in range(end - 1):
-        pair = text[i] + glue + text[i + 1]
-        rank = ranks.get(pair)
-        if rank is not None:
-            heap.append((rank, i, pair))
+    pairs = map(glue.join, pairwise(text))
+    found = enumerate(map(ranks.get, pairs))
+    heap = [rank << _POSITION_BITS | i for i, rank in found if rank is not None]
     heapify(heap)
     while heap:
-        _, i, pair = heappop(heap)
+        rank, i = divmod(heappop(heap), 1 << _POSITION_BITS)
         j = after[i]
-        if j == end or text[i] + glue + text[j] != pair:
+        if j == end or ranks.get(text[i] + glue + text[j]) != rank:
             continue  # stale: one of the two was merged meanwhile
         text[i] += text[j]
         k = after[i] = after[j]
@@ -34,16 +34,11 @@ def merge(symbols: list[str], ranks: Mapping[str, float], glue: str = "") -> lis
         for left, right in ((before[i], i), (i, k)):
             if left < 0 or right == end:
                 continue
-            pair = text[left] + glue + text[right]
-            rank = ranks.get(pair)
-            if rank is not None:
-                heappush(heap, (rank, left, pair))
-    return _survivors(text, after)
-
-
-def _survivors(text: list[str], after: list[int]) -> list[str]:
+            new = ranks.get(text[left] + glue + text[right])
+            if new is not None:
+                heappush(heap, new << _POSITION_BITS | left)
     kept, i = [], 0
-    while i < len(text):
+    while i < end:
         kept.append(text[i])
         i = after[i]
     return kept

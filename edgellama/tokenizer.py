@@ -6,7 +6,7 @@ Knows nothing about models or chat templates.
 
 import codecs
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,24 +87,35 @@ class Tokenizer:
         Raises ParameterError if `text` is no str or holds a lone surrogate (as from
         `os.fsdecode`), or for `bos=True` without a BOS token.
         """
-        _check_text(text)
-        ids: list[int] = []
+        return self.encode_parts([(text, special)], bos=bos)
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]], *, bos: bool = False) -> list[int]:
+        """Token ids of the parts joined, as `encode` gives them; each part is (text, special).
+
+        Special tokens are recognised inside the parts that say so and nowhere else: a chat can
+        mark its template's own text, and what users wrote stays text, without a seam in the ids.
+        """
+        parts = list(parts)
+        for part, _ in parts:
+            _check_text(part)
         if bos and self.bos is None:
             raise ParameterError("bos=True, but this tokenizer has no BOS token", field="bos")
-        if bos and self.bos is not None:
-            ids.append(self.bos)
-        return ids + (self._encode_special(text) if special else self._text.encode(text))
+        ids = [self.bos] if bos and self.bos is not None else []
+        text, at, passed = "".join(part for part, _ in parts), 0, 0
+        for part, special in parts:
+            for start, end, token in self._find_specials(part) if special else ():
+                ids += self._text.encode(text[at : passed + start])
+                ids.append(token)
+                at = passed + end
+            passed += len(part)
+        return ids + self._text.encode(text[at:])
 
-    def _encode_special(self, text: str) -> list[int]:
-        ids, at = [], 0
+    def _find_specials(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id); user-defined tokens are a part of the plain text around them."""
         for start, end in self._specials.find(text):
             token = self._vocab.specials[text[start:end]]
-            if self._vocab.types[token] == USER_DEFINED:
-                continue  # a part of the plain text around it
-            ids += self._text.encode(text[at:start])
-            ids.append(token)
-            at = end
-        return ids + self._text.encode(text[at:])
+            if self._vocab.types[token] != USER_DEFINED:
+                yield start, end, token
 
     def decode(self, ids: Sequence[int], *, special: bool = False, continuing: bool = False) -> str:
         """The text of `ids`; invalid UTF-8 becomes U+FFFD.

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ END_NAMES = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>"
 LONGEST_TOKEN = 65_536  # characters; 8 times the longest seen would be 1,024
 MOST_SPECIAL = 2**20  # characters of all special tokens together; Llama 3 has 7,000
 MOST_MERGES = 16 * 2**20
+MERGES_AT_ONCE = 2048
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Vocab:
     """The checked vocabulary: `tokens[id]`, `types[id]`, and what text may become."""
 
@@ -35,7 +36,7 @@ class Vocab:
     types: Sequence[int]
     ids: Mapping[str, int]  # normal tokens only: plain text can become no other
     specials: Mapping[str, int]  # control, unknown and user-defined tokens
-    ranks: Mapping[str, float]  # llama: piece -> -score; gpt2: "left right" -> line of the merge
+    ranks: Mapping[str, int]  # what merges: piece, or "left right" -> lowest first
     pre: str  # gpt2: name of the pre-tokenizer
     bos: int | None
     eos: tuple[int, ...]
@@ -43,6 +44,7 @@ class Vocab:
     add_bos: bool
     add_space_prefix: bool
     remove_extra_whitespaces: bool
+    path: str | Path | None = None  # for messages
 
     def of_type(self, *types: int) -> dict[str, int]:
         return {text: i for text, i in self.specials.items() if self.types[i] in types}
@@ -144,6 +146,7 @@ def vocab_from_gguf(metadata: Mapping[str, Any], path: str | Path | None = None)
         add_bos=keys.flag("add_bos_token", llama) and bos is not None,
         add_space_prefix=keys.flag("add_space_prefix", True),
         remove_extra_whitespaces=keys.flag("remove_extra_whitespaces", False),
+        path=path,
     )
 
 
@@ -217,37 +220,41 @@ def _take_specials(keys: _Keys, ids: dict[str, int], types: Sequence[int]) -> di
     return specials
 
 
-def _scores(keys: _Keys, tokens: Sequence[str], ids: Mapping[str, int]) -> dict[str, float]:
-    """Normal piece -> minus its score: SentencePiece merges the highest score first."""
+def _scores(keys: _Keys, tokens: Sequence[str], ids: Mapping[str, int]) -> dict[str, int]:
+    """Normal piece -> place of its score: SentencePiece merges the highest score first."""
     scores = keys.array("scores", float, len(tokens), len(tokens))
     if not all(map(math.isfinite, scores)):
         i = next(i for i, score in enumerate(scores) if not math.isfinite(score))
         raise keys.at("scores", i, scores[i], "a finite number")
-    return {piece: -scores[i] for piece, i in ids.items()}
+    order = {score: i for i, score in enumerate(sorted(set(scores), reverse=True))}
+    return {piece: order[scores[i]] for piece, i in ids.items()}
 
 
-def _merges(keys: _Keys, ids: Mapping[str, int]) -> dict[str, float]:
-    """Merge "left right" -> its line.
-
-    Checked by whole-array steps: Python loops over 49,000 merges would double the loading time.
-    """
+def _merges(keys: _Keys, ids: Mapping[str, int]) -> dict[str, int]:
+    """Merge "left right" -> its line."""
     merges: Sequence[str] = keys.array("merges", str, 0, MOST_MERGES)
-    ranks: dict[str, float] = dict(zip(merges, range(len(merges)), strict=True))
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
     if len(ranks) != len(merges):
         i = _first_repeated(merges)
         raise keys.at("merges", i, merges[i], "every merge once")
-    if set(map(str.count, merges, repeat(" "))) - {1}:
+    for start in range(0, len(merges), MERGES_AT_ONCE):
+        _check_merges(keys, merges[start : start + MERGES_AT_ONCE], start, ids)
+    return ranks
+
+
+def _check_merges(keys: _Keys, merges: Sequence[str], start: int, ids: Mapping[str, int]) -> None:
+    """Whole-array steps over a few thousand lines, which stay in the processor's cache."""
+    halves = " ".join(merges).split(" ")
+    results = list(map(add, halves[::2], halves[1::2]))
+    if [len(result) + 1 for result in results] != list(map(len, merges)):
         i = next(i for i, line in enumerate(merges) if line.count(" ") != 1)
-        raise keys.at("merges", i, merges[i], "two tokens with one space between them")
-    halves = " ".join(merges).split(" ") if merges else []
+        raise keys.at("merges", start + i, merges[i], "two tokens with one space between them")
     if not all(map(ids.__contains__, halves)):
         i = next(i for i, half in enumerate(halves) if half not in ids) // 2
-        raise keys.at("merges", i, merges[i], "two normal tokens of the vocabulary")
-    results = list(map(str.replace, merges, repeat(" "), repeat("")))
+        raise keys.at("merges", start + i, merges[i], "two normal tokens of the vocabulary")
     if not all(map(ids.__contains__, results)):
         i = next(i for i, result in enumerate(results) if result not in ids)
-        raise keys.at("merges", i, merges[i], "a pair that makes a normal token of the vocabulary")
-    return ranks
+        raise keys.at("merges", start + i, merges[i], "two tokens that make a normal token")
 
 
 def _ends(keys: _Keys, specials: Mapping[str, int], types: Sequence[int]) -> tuple[int, ...]:
