@@ -4,10 +4,12 @@ Knows nothing about the work but its cancel token.
 """
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Generic, Self, TypeVar
 
 from edgellama.control import CancelToken
@@ -27,9 +29,9 @@ class _End:
 class Background(Generic[T]):
     """The items of `work()`, made in another thread; leaving the `with` stops that thread.
 
-    The first Ctrl-C sets `cancel` and is kept in `interrupted`; whatever the work still yields
-    follows, within GRACE seconds. A second one raises KeyboardInterrupt at once. `idle` is called
-    now and then while nothing comes.
+    Within the `with`, the first Ctrl-C raises nothing: it sets `cancel` and `interrupted`, and
+    whatever the work still yields follows, within GRACE seconds. A second one raises
+    KeyboardInterrupt at once. `idle` is called now and then while nothing comes.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Background(Generic[T]):
         self._work, self._cancel, self._idle = work, cancel, idle
         self._items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._deadline = float("inf")
+        self._restore = False
         # a daemon: work that does not come to its end must not hold up the program's
         self._thread = threading.Thread(target=self._produce, name=_NAME, daemon=True)
 
@@ -55,10 +58,24 @@ class Background(Generic[T]):
             self._items.put(_End(None))
 
     def __enter__(self) -> Self:
+        # a handler that raised could strike anywhere in the caller's loop, not only while waiting
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+            self._restore = True
         self._thread.start()
         return self
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self._deadline = time.monotonic() + GRACE
+        self._cancel.cancel()
+
     def __exit__(self, *_: object) -> None:
+        if self._restore:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._thread.is_alive():
             self._cancel.cancel()
             self._thread.join(GRACE)
@@ -79,12 +96,6 @@ class Background(Generic[T]):
                 return self._items.get(timeout=_LOOK)
             except queue.Empty:
                 self._idle()
-            except KeyboardInterrupt:
-                if self.interrupted:
-                    raise
-                self.interrupted = True
-                self._deadline = time.monotonic() + GRACE
-                self._cancel.cancel()
         raise KeyboardInterrupt
 
 

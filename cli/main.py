@@ -152,45 +152,45 @@ def chat(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit status; nothing but SystemExit passes through."""
+    """Run one command line and return its exit status."""
+    status = _status(arguments)
+    try:
+        sys.stdout.flush()  # what was written may still fail on its way out
+    except OSError as error:
+        abandon_stdout()
+        if not isinstance(error, BrokenPipeError) and status == 0:
+            complain(f"edgellama: stdout cannot be written: {error.strerror or error}")
+            status = 1
+    return status
+
+
+def _status(arguments: list[str]) -> int:
     terminal = Terminal(debug=bool(os.environ.get("EDGELLAMA_DEBUG")))
     try:
         app(arguments, prog_name="edgellama", obj=terminal)
     except SystemExit as ending:
-        return _flushed(ending.code if isinstance(ending.code, int) else 1, terminal)
+        return ending.code if isinstance(ending.code, int) else 1
     except ReaderGone:
         return 0
     except (KeyboardInterrupt, Cancelled):
-        complain("interrupted")
         return 130
     except Exception as error:
         if terminal.debug:
             traceback.print_exc()
         complain(f"edgellama: {_one_line(error)}")
         return 2 if isinstance(error, ParameterError) else 1
-    return _flushed(0, terminal)
+    return 0
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, (EdgeLlamaError, OSError)):
+    if isinstance(error, EdgeLlamaError):
         return text
+    if isinstance(error, OSError):
+        return text if error.filename is not None else error.strerror or text
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     return f"internal error, {type(error).__name__}: {text} (--debug shows where)"
-
-
-def _flushed(status: int, terminal: Terminal) -> int:
-    """What was written may still fail on its way out, on a full disk or a closed pipe."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        abandon_stdout()
-    except OSError as error:
-        abandon_stdout()
-        complain(f"edgellama: stdout cannot be written: {error.strerror or error}")
-        return status or 1
-    return status
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

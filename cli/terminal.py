@@ -134,7 +134,16 @@ def complain(text: str) -> None:
 
 
 def prepare_streams() -> None:
-    """Let every character out, whatever the terminal's encoding; pipes and files get UTF-8."""
+    """Let every character out, whatever the terminal's encoding; pipes and files get UTF-8.
+
+    A stream that was closed before we began leads nowhere; no file of ours may take its number.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the program
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
