@@ -254,24 +254,29 @@ def check_finite(
 
     name = info.type.name
     if name in FLOATS:
-        bits = raw.reshape(-1).view("<u4" if name == "F32" else "<u2")[:, None]  # (n, 1)
+        bits = raw.reshape(-1, info.type.size).view("<u4" if name == "F32" else "<u2")  # (n, 1)
     else:
-        blocks = raw.reshape(-1, info.type.size)
-        halves = [blocks[:, at : at + 2] for at in HALVES[name]]
-        bits = np.concatenate(halves, axis=1).view("<u2")  # (n, scales a block)
-    exponent = {"F32": 0x7F80_0000, "BF16": 0x7F80}.get(name, 0x7C00)
-    wrong = (bits & exponent) == exponent
-    if count := int(np.count_nonzero(wrong)):
-        block = first_block + int(np.argmax(wrong.any(axis=1)))
-        what = "value" if name in FLOATS else "scale"
-        raise NonFiniteError(
-            f"block {block}: a {what} is NaN or infinite; {count} such {what}s in this part",
-            path=path,
-            where=f"tensor {shown(info.name)}",
-            field=what,
-            value=count,
-            allowed="finite numbers",
-            hint="The file is damaged, or the conversion overflowed",
-        )
-    sign = 0x8000_0000 if name == "F32" else 0x8000
-    return not bool(np.any(bits & (sign - 1)))
+        halves = raw.reshape(-1, info.type.size).view("<u2")
+        bits = halves[:, [at // 2 for at in HALVES[name]]]  # (n, scales a block)
+    infinity = {"F32": 0x7F80_0000, "BF16": 0x7F80}.get(name, 0x7C00)  # NaNs lie above it
+    magnitude = bits & (0x7FFF_FFFF if name == "F32" else 0x7FFF)
+    if (largest := magnitude.max(initial=0)) < infinity:
+        return bool(largest == 0)
+    wrong = magnitude >= infinity  # (n, values a block)
+    block = first_block + int(np.argmax(wrong.any(axis=1)))
+    raise _not_finite(info, block, int(np.count_nonzero(wrong)), path)
+
+
+def _not_finite(
+    info: TensorInfo, block: int, count: int, path: str | Path | None
+) -> NonFiniteError:
+    what = "value" if info.type.name in FLOATS else "scale"
+    return NonFiniteError(
+        f"block {block}: a {what} is NaN or infinite; {count} such {what}s in this part",
+        path=path,
+        where=f"tensor {shown(info.name)}",
+        field=what,
+        value=count,
+        allowed="finite numbers",
+        hint="The file is damaged, or the conversion overflowed",
+    )

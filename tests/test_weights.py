@@ -94,6 +94,7 @@ REFUSED = [
     ("T15-qkv", adding(zeros("blk.0.attn_qkv.weight", (64, 32))), UNSUPPORTED, "fused projections"),
     ("T15-rope-7", adding(factors(*[1.0] * 7)), FORMAT, "F32 [7]; the config implies F32 [8]"),
     ("T15-rope-0", adding(factors(*[1.0] * 7, 0.0)), FORMAT, "element 7 is 0.0; expected a finite"),
+    ("T15-rope-inf", adding(factors(*[np.inf] * 8)), FORMAT, "element 0 is inf"),
     ("T15-rope-nan", adding(factors(*[np.nan] * 8)), FORMAT, "element 0 is nan"),
     ("T17-fewer", key("llama.vocab_size", 41), CONFIG, "expected 40, the rows of token_embd"),
     ("T17-more", key("llama.vocab_size", 39), CONFIG, "expected 40, the rows of token_embd"),
