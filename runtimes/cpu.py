@@ -72,7 +72,7 @@ class Cpu:
         self.scratch_bytes = padded((2 * config.head_dim + 512) * 4 + abi.TILE * 64, 128)
         self.scratch = aligned(self.scratch_bytes * options.threads)
         self.lock = threading.Lock()  # one program, one set of buffers: one call at a time
-        self.pid = os.getpid()
+        self.pid, self.closed = os.getpid(), False
         self.team = Team(
             options.threads,
             kernel_cache.function(kernels["lead"], 4),
@@ -104,6 +104,7 @@ class Cpu:
         if os.getpid() != self.pid:  # a fork has no helpers to stop
             return
         with self.lock:
+            self.closed = True
             self.team.close()
             self.weights.free()
 
@@ -201,6 +202,8 @@ class CpuSession:
         vocab, before = model.graph.config.vocab_size, self.position
         result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
         with model.lock:
+            if model.closed:
+                raise ParameterError("the model is closed")
             for start in range(0, len(ids), step):
                 chunk = np.asarray(ids[start : start + step], np.int64)
                 last = start + len(chunk) == len(ids)
