@@ -1,0 +1,330 @@
+"""Conversations as the model was trained to see them: chat templates and their token ids.
+
+Knows nothing about models or sessions. `sandbox.py` runs the template's code, on a budget.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+from edgellama.errors import EdgeLlamaError, ParameterError, TemplateError, shown
+
+if TYPE_CHECKING:
+    from edgellama.sandbox import Program
+
+ROLES = ("system", "user", "assistant", "tool")
+MOST_TEMPLATE = 2**20  # characters
+MOST_TEXT = 8 * 2**20  # characters in all messages
+MOST_VALUES = 100_000  # in all messages
+MOST_NESTED = 16
+MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, reserved for inner use
+
+
+class ChatTokenizer(Protocol):
+    """The part of a tokenizer that a conversation needs."""
+
+    vocab_size: int
+    bos: int | None
+    add_bos: bool
+
+    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]: ...
+    def is_control(self, token: int, /) -> bool: ...
+    def token_text(self, token: int, /) -> str: ...
+
+
+class ChatTemplate:
+    """A Jinja chat template, as files carry it. Usable from any thread.
+
+    Nothing of `source` is looked at before the first rendering: a damaged template does not keep
+    a model from continuing text.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos: str = "",
+        eos: str = "",
+        path: str | Path | None = None,
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`bos` and `eos` are the texts of those tokens, `clock` is what strftime_now shows."""
+        self.source, self.bos, self.eos, self.path = source, bos, eos, path
+        self._clock, self._lock = clock, threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ChatTemplate {shown(self.source)}>"
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as one text.
+
+        `messages` are dicts of plain JSON values with a `role` (system, user, assistant, tool)
+        and a text `content`. Raises ParameterError for others, and for a system message that the
+        template leaves out; TemplateError for a template that is damaged, unsafe, over its budget,
+        or refuses the messages.
+        """
+        return self.render_checked(checked_messages(messages), add_generation_prompt)
+
+    def render_checked(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        """`render` for messages that `checked_messages` has returned."""
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            "tools": None,
+            "documents": None,
+        }
+        with self._lock:
+            try:
+                text = self._program.render(variables, sum(map(len, _texts(messages))))
+            except Exception as error:  # whatever a stranger's program may cause
+                raise self._explained(error, messages) from None
+        for message in messages:
+            if message["role"] == "system" and message["content"].strip() not in text:
+                raise ParameterError(
+                    f"the chat template leaves the system message out; roles: {_roles(messages)}",
+                    path=self.path,
+                    field="messages",
+                    hint="Put its text into the first user message",
+                )
+        return text
+
+    @cached_property
+    def _program(self) -> "Program":
+        if not isinstance(self.source, str):
+            raise self._error(f"expected text, found {type(self.source).__name__}")
+        if len(self.source) > MOST_TEMPLATE:
+            raise self._error(f"{len(self.source)} characters; at most {MOST_TEMPLATE} are allowed")
+        from edgellama.sandbox import Program
+
+        return Program(self.source, self._clock)
+
+    def _explained(self, error: Exception, messages: list[dict[str, Any]]) -> EdgeLlamaError:
+        """The TemplateError for anything that compiling or rendering has raised."""
+        from edgellama.sandbox import Refusal
+
+        if isinstance(error, EdgeLlamaError):
+            return error
+        if isinstance(error, Refusal):
+            hint = f"The roles were: {_roles(messages)}"
+            return self._error(f"it refuses the messages: {shown(error.args[0])}", hint)
+        if isinstance(error, RecursionError | MemoryError):
+            return self._error("it nests or calls itself too deeply")
+        line = getattr(error, "lineno", None)
+        where = f"line {line}: " if isinstance(line, int) else ""
+        return self._error(f"{where}{type(error).__name__}: {shown(str(error))}")
+
+    def _error(self, problem: str, hint: str | None = None) -> TemplateError:
+        return TemplateError(problem, path=self.path, where="chat template", hint=hint)
+
+
+def template_from_gguf(
+    metadata: Mapping[str, Any], path: str | Path | None = None
+) -> ChatTemplate | None:
+    """The template under the GGUF key `tokenizer.chat_template`, or None without one."""
+    source = metadata.get("tokenizer.chat_template")
+    if source is None:
+        return None
+    bos, eos = (_token_text(metadata, name) for name in ("bos", "eos"))
+    return ChatTemplate(source, bos=bos, eos=eos, path=path)
+
+
+def _token_text(metadata: Mapping[str, Any], name: str) -> str:
+    """The text of a special token; "" where there is none (the tokenizer reports damage)."""
+    index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(tokens):
+        return ""
+    return tokens[index] if isinstance(tokens[index], str) else ""
+
+
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """A copy of the messages, made of plain dicts, lists, texts and numbers; or ParameterError."""
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise _wrong("messages", messages, "a list of 1 or more messages")
+    count = _Count()
+    checked = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise _wrong(where, message, "a mapping with role and content")
+        copy = count.copied(dict(message), where, 0)
+        if copy.get("role") not in ROLES:
+            raise _wrong(f"{where}['role']", copy.get("role"), "one of " + ", ".join(ROLES))
+        if not isinstance(copy.get("content"), str):
+            raise _wrong(f"{where}['content']", copy.get("content"), "text")
+        checked.append(copy)
+    return checked
+
+
+def _wrong(where: str, value: object, allowed: str) -> ParameterError:
+    problem = f"{where} is {shown(value)}; expected {allowed}"
+    return ParameterError(problem, field=where, value=value, allowed=allowed)
+
+
+def _roles(messages: list[dict[str, Any]]) -> str:
+    roles = [message["role"] for message in messages]
+    return ", ".join(roles if len(roles) <= 8 else [*roles[:8], "..."])
+
+
+class _Count:
+    """Copies plain JSON values, counting what they hold."""
+
+    def __init__(self) -> None:
+        self.characters = self.values = 0
+
+    def copied(self, value: Any, where: str, depth: int) -> Any:
+        self.values += 1
+        if depth > MOST_NESTED or self.values > MOST_VALUES:
+            allowed = f"at most {MOST_VALUES} values, {MOST_NESTED} levels deep"
+            raise _wrong(where, "too large", allowed)
+        if isinstance(value, str):
+            return self.text(value, where)
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, list | tuple):
+            return [self.copied(item, where, depth + 1) for item in value]
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {
+                self.text(key, where): self.copied(item, f"{where}[{key[:40]!a}]", depth + 1)
+                for key, item in value.items()
+            }
+        raise _wrong(where, type(value).__name__, "plain JSON: text, numbers, lists, dicts, None")
+
+    def text(self, value: str, where: str) -> str:
+        self.characters += len(value)
+        if self.characters > MOST_TEXT:
+            raise _wrong(where, "too long", f"at most {MOST_TEXT} characters in all messages")
+        return str(value)
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """The ids of a conversation: control tokens where the template writes them, nowhere else.
+
+    A message's text never becomes a control token, whatever it looks like. The ids are those of
+    the whole rendered text, BOS in front if the tokenizer wants it and the template wrote none.
+    Raises what `ChatTemplate.render` raises.
+    """
+    checked = checked_messages(messages)
+    lookalikes = _lookalikes(tokenizer)
+    marker = lookalikes.mark(checked)
+    text = template.render_checked(checked, add_generation_prompt)
+    ids: list[int] = []
+    for piece, special in lookalikes.pieces(text, marker):
+        ids += tokenizer.encode(piece, special=special)
+    if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+        ids.insert(0, tokenizer.bos)
+    return ids
+
+
+class _Lookalikes:
+    """Finds what looks like a control token, and tells messages' text from the template's.
+
+    A marker is put inside every look-alike of the messages before rendering: behind its first
+    character, so that templates which trim or test the text's ends hardly notice. A control token
+    found in the rendered text is the template's own.
+    """
+
+    def __init__(self, texts: set[str]) -> None:
+        ordered = sorted(texts, key=len, reverse=True)
+        plain = "|".join(map(re.escape, ordered)) or "(?!)"
+        self.start_of_any = re.compile(f"(?={plain})")
+        # Nothing fits inside a single character, so its marker stands behind it.
+        single = f"(?![{MARKERS[0]}-{MARKERS[-1]}])"
+        own = [re.escape(text) + (single if len(text) == 1 else "") for text in ordered]
+        self.any = re.compile("|".join(own) or "(?!)")
+        self.heads = {text[:n] for text in texts for n in range(1, len(text))}
+        self.tails = {text[n:] for text in texts for n in range(1, len(text))}
+        self.longest = max(map(len, texts), default=1)
+
+    def mark(self, messages: list[dict[str, Any]]) -> str:
+        """Mark all texts but the roles, in place; returns the marker, which no text held."""
+        texts = "\0".join(_texts(messages))
+        marker = next((char for char in MARKERS if char not in texts), "")
+        if not marker:
+            raise ParameterError("the messages hold all of Unicode's noncharacters U+FDD0..U+FDEF")
+        for message in messages:
+            for key in message.keys() - {"role"}:
+                message[key] = self._marked(message[key], marker)
+        return marker
+
+    def _marked(self, value: Any, marker: str) -> Any:
+        if isinstance(value, list):
+            return [self._marked(item, marker) for item in value]
+        if isinstance(value, dict):
+            marked = {self._marked(key, marker): item for key, item in value.items()}
+            return {key: self._marked(item, marker) for key, item in marked.items()}
+        if not isinstance(value, str):
+            return value
+        places = {match.start() + 1 for match in self.start_of_any.finditer(value)}
+        places |= self._at_the_ends(value)
+        for place in sorted(places, reverse=True):
+            value = value[:place] + marker + value[place:]
+        return value
+
+    def _at_the_ends(self, text: str) -> set[int]:
+        """Where to mark halves that could become whole together with what stands next to them.
+
+        Templates trim, so the ends without white space count too.
+        """
+        places = set()
+        for end in {len(text), len(text.rstrip())}:
+            starts = range(max(0, end - self.longest), end)
+            places |= {at + 1 for at in starts if text[at:end] in self.heads}
+        for start in {0, len(text) - len(text.lstrip())}:
+            ends = range(start + 1, min(len(text), start + self.longest) + 1)
+            places |= {start for at in ends if text[start:at] in self.tails}
+        return places
+
+    def pieces(self, text: str, marker: str) -> list[tuple[str, bool]]:
+        """The rendered text without markers, and whether control tokens in it are meant.
+
+        Only what stands between two control tokens is ever apart from its surroundings, so cutting
+        there changes no ids.
+        """
+        if marker not in text:
+            return [(text, True)]
+        pieces, meant, at = [], "", 0
+        for match in [*self.any.finditer(text), None]:
+            between = text[at : match.start() if match else len(text)]
+            if marker in between:
+                pieces += [(meant, True), (between.replace(marker, ""), False)]
+                meant = ""
+            else:
+                meant += between
+            if match:
+                meant, at = meant + match[0], match.end()
+        return [piece for piece in [*pieces, (meant, True)] if piece[0]]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
+_known: "WeakKeyDictionary[ChatTokenizer, _Lookalikes]" = WeakKeyDictionary()
+
+
+def _lookalikes(tokenizer: ChatTokenizer) -> _Lookalikes:
+    known = _known.get(tokenizer)
+    if known is None:
+        ids = filter(tokenizer.is_control, range(tokenizer.vocab_size))
+        known = _known[tokenizer] = _Lookalikes({tokenizer.token_text(i) for i in ids} - {""})
+    return known
