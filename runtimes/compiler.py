@@ -32,11 +32,18 @@ def inline(function: Callable[..., Any]) -> Any:
     return numba.njit(error_model="numpy", forceinline=True)(function)
 
 
-def object_code(name: str, function: Callable[..., Any], level: Level) -> bytes:
-    """Compile `function` (int64 arguments, no result) as C function `name` for one level."""
+def object_code(
+    name: str, function: Callable[..., Any], level: Level, triple: str | None = None
+) -> bytes:
+    """Compile `function` (int64 arguments, no result) as C function `name` for one level.
+
+    `triple` names another 64-bit target than this process's own, LLVM's way.
+    """
     n = len(inspect.signature(function).parameters)
     inner, source = _translate(function, n)
+    machine = _machine(level, triple)
     module = llvm.parse_assembly(source)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
     entry = _ENTRY.format(
         name=name,
         inner=inner,
@@ -51,7 +58,6 @@ def object_code(name: str, function: Callable[..., Any], level: Level) -> bytes:
     for defined in (*module.functions, *module.global_variables):
         if not defined.is_declaration and defined.name != name:
             defined.linkage = "internal"  # so that unused ones are dropped
-    machine = _machine(level)
     _optimize(module, machine)
     return bytes(machine.emit_object(module))
 
@@ -74,8 +80,13 @@ def _initialize() -> None:
     llvm.initialize_native_asmprinter()
 
 
-def _machine(level: Level) -> Any:
-    target = llvm.Target.from_default_triple()
+def _machine(level: Level, triple: str | None) -> Any:
+    if triple is None:
+        target = llvm.Target.from_default_triple()
+    else:
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+        target = llvm.Target.from_triple(triple)
     return target.create_target_machine(
         cpu=level.cpu, features=level.features, opt=3, reloc="pic", codemodel="default", jit=False
     )
