@@ -149,25 +149,25 @@ def _token_text(metadata: Mapping[str, Any], name: str) -> str:
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """A copy of the messages, made of plain dicts, lists, texts and numbers; or ParameterError."""
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise _wrong("messages", messages, "a list of 1 or more messages")
+        raise _wrong("messages", shown(messages), "a list of 1 or more messages")
     count = _Count()
     checked = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise _wrong(where, message, "a mapping with role and content")
+            raise _wrong(where, shown(message), "a mapping with role and content")
         copy = count.copied(dict(message), where, 0)
         if copy.get("role") not in ROLES:
-            raise _wrong(f"{where}['role']", copy.get("role"), "one of " + ", ".join(ROLES))
+            raise _wrong(f"{where}['role']", shown(copy.get("role")), "one of " + ", ".join(ROLES))
         if not isinstance(copy.get("content"), str):
-            raise _wrong(f"{where}['content']", copy.get("content"), "text")
+            raise _wrong(f"{where}['content']", shown(copy.get("content")), "text")
         checked.append(copy)
     return checked
 
 
-def _wrong(where: str, value: object, allowed: str) -> ParameterError:
-    problem = f"{where} is {shown(value)}; expected {allowed}"
-    return ParameterError(problem, field=where, value=value, allowed=allowed)
+def _wrong(where: str, found: str, allowed: str) -> ParameterError:
+    problem = f"{where} is {found}; expected {allowed}"
+    return ParameterError(problem, field=where, value=found, allowed=allowed)
 
 
 def _roles(messages: list[dict[str, Any]]) -> str:

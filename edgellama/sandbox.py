@@ -63,6 +63,8 @@ ATTRIBUTES: dict[type, frozenset[str]] = {
     ),
 }
 
+GUARDED = {"replace": replaced, "join": joined}  # methods of text that are paid for beforehand
+
 SYNTAX: tuple[type[nodes.Node], ...] = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro),
     *(nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.Continue, nodes.Name, nodes.NSRef),
@@ -138,6 +140,9 @@ class _Sandbox(ImmutableSandboxedEnvironment, Worker):
             "strftime_now": lambda text: _strftime(clock(), text),
         }
 
+    def wrap_str_format(self, value: Any) -> None:
+        """No replacement for str.format: it stays an attribute that is not listed."""
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, Namespace):
             return not attr.startswith("_")
@@ -145,15 +150,13 @@ class _Sandbox(ImmutableSandboxedEnvironment, Worker):
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(function, "__self__", None)
-        if not isinstance(owner, str):
-            self.budget.spend(0)
-            return self.budget.charge(super().call(context, function, *args, **kwargs))
-        if function.__name__ == "replace":
-            return replaced(self.budget, owner, *args, **kwargs)
-        if function.__name__ == "join":
-            return joined(self.budget, owner, *args, **kwargs)
-        self.budget.spend(len(owner))
-        return self.budget.charge(function(*args, **kwargs))
+        guarded = GUARDED.get(function.__name__) if isinstance(owner, str) else None
+        if guarded is not None:
+            scopes = ("_loop_vars", "_block_vars")  # jinja2's own, taken out by the parent else
+            options = {name: value for name, value in kwargs.items() if name not in scopes}
+            return guarded(self.budget, owner, *args, **options)
+        self.budget.spend(len(owner) if isinstance(owner, str) else 0)
+        return self.budget.charge(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Numbers; `+` also for texts and lists, and a text times a number."""
