@@ -28,7 +28,16 @@ from edgellama.runtimes.levels import Level
 
 _LOG = logging.getLogger("edgellama")
 _MAGIC = b"edgellama kernel 1\n"
-_SOURCES = ("abi", "compiler", "kernel_team", "kernels", "kernels_linear", "levels", "simd")
+_SOURCES = [  # what the machine code follows from
+    "abi",
+    "compiler",
+    "kernel_team",
+    "kernels",
+    "kernels_linear",
+    "levels",
+    "repack",
+    "simd",
+]
 
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str], int] = {}  # (level, kernel) -> address
@@ -132,10 +141,15 @@ def _read(file: Path | None) -> bytes | None:
         return None
     head = len(_MAGIC) + 32
     code = data[head:]
-    if data[:head] != _MAGIC + hashlib.sha256(code).digest():
+    if data[:head] != _head(file, code):
         _LOG.warning("a damaged kernel file is compiled anew: %s", file.name)
         return None
     return code
+
+
+def _head(file: Path, code: bytes) -> bytes:
+    """What stands before the code: a file under another's name is damaged too."""
+    return _MAGIC + hashlib.sha256(file.name.encode() + b"\0" + code).digest()
 
 
 def _write(file: Path | None, code: bytes) -> None:
@@ -143,7 +157,7 @@ def _write(file: Path | None, code: bytes) -> None:
         return
     try:
         with atomic_output(file) as output:
-            output.write(_MAGIC + hashlib.sha256(code).digest() + code)
+            output.write(_head(file, code) + code)
     except OSError as error:
         _LOG.warning("a kernel could not be cached: %s", error)
 

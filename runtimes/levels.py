@@ -1,13 +1,16 @@
 """Instruction-set levels: which there are, which this machine has, and what differs between them.
 
-Kernels are the same at every level; five small functions are not, and each level defines them here
+Kernels are the same at every level; six small functions are not, and each level defines them here
 in LLVM's own language. Integer results are bit-equal at all levels, and so are float results but
 for `generic`, which does without fused multiply-add.
 
 Knows nothing about kernels or models.
 """
 
+import ctypes
 import os
+import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -273,7 +276,7 @@ _MUL_ADD = _function(
     "  %m = fmul <16 x float> %x, %y\n  %r = fadd <16 x float> %m, %z\n  ret <16 x float> %r",
 )
 
-_V3 = ("avx2", "fma", "f16c", "bmi2")
+_V3 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
 LEVELS = {  # best first
     level.name: level
@@ -304,14 +307,38 @@ LEVELS = {  # best first
 @cache
 def available() -> tuple[str, ...]:
     """Names of the levels this machine can run, best first."""
+    features = _features()
+    return tuple(name for name, level in LEVELS.items() if features.issuperset(level.needs))
+
+
+def _features() -> set[str]:
+    """LLVM's names of what this processor has."""
     import llvmlite.binding as llvm
 
-    features = llvm.get_host_cpu_features()
-    return tuple(
-        name
-        for name, level in LEVELS.items()
-        if all(features.get(need, False) for need in level.needs)
-    )
+    try:
+        found = {name for name, has in llvm.get_host_cpu_features().items() if has}
+    except RuntimeError:  # LLVM cannot tell on this system
+        found = set()
+    if platform.machine().lower() in ("aarch64", "arm64") and _arm_has_dotprod():
+        found.add("dotprod")
+    return found
+
+
+def _arm_has_dotprod() -> bool:
+    """Ask the system, since LLVM names this feature for no ARM machine."""
+    try:
+        if sys.platform == "win32":
+            return bool(ctypes.WinDLL("kernel32").IsProcessorFeaturePresent(43))
+        if sys.platform == "darwin":
+            value, size = ctypes.c_int(), ctypes.c_size_t(4)
+            name, empty = b"hw.optional.arm.FEAT_DotProd", ctypes.c_size_t(0)
+            arguments = (name, ctypes.byref(value), ctypes.byref(size), None, empty)
+            return bool(ctypes.CDLL(None).sysctlbyname(*arguments) == 0 and value.value == 1)
+        hardware = ctypes.CDLL(None).getauxval
+        hardware.restype, hardware.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        return bool(hardware(16) >> 20 & 1)  # AT_HWCAP, HWCAP_ASIMDDP
+    except (OSError, AttributeError):
+        return False
 
 
 def choose() -> tuple[Level, str]:
