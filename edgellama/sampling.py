@@ -93,19 +93,20 @@ def refused(name: str, value: object, allowed: str) -> ParameterError:
 def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
     """A finite float in low..high, `low` itself excluded with `above`."""
     allowed = f"a number {'above ' if above else ''}{low:g}{', up to ' if above else '..'}{high:g}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise refused(name, value, allowed)
-    if not low <= value <= high or (above and value == low):  # NaN fails the first test
-        raise refused(name, value, allowed)
-    number = float(value)
-    if above and number == low:  # a fraction too small for a float
+    try:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(value) if real else math.nan
+    except OverflowError:
+        number = math.nan
+    if not low <= number <= high or (above and number == low):  # NaN fails the first test
         raise refused(name, value, allowed)
     return number
 
 
 def checked_integer(name: str, value: Any, low: int, high: int) -> int:
     allowed = f"an integer {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= int(value) <= high:
         raise refused(name, value, allowed)
     return int(value)
 
@@ -146,7 +147,7 @@ class Sampler:
         """
         assert logits.shape == (self.vocab_size,)
         sampling = self.sampling
-        total = log_sum_exp(logits)
+        largest, spread = normalizer(logits)
         scores: Floats = logits
         if sampling.logit_bias:
             scores = biased(scores, sampling.logit_bias)
@@ -154,7 +155,7 @@ class Sampler:
             window = islice(reversed(recent), sampling.penalty_window)
             scores = penalized(scores, window, sampling)
         token = self._choose(scores, position)
-        return token, float(logits[token]) - total
+        return token, float(logits[token]) - largest - spread
 
     def _choose(self, scores: "Floats", position: int) -> int:
         sampling = self.sampling
@@ -164,8 +165,12 @@ class Sampler:
         return int(ids[draw(odds, sampling.temperature, uniform(self.seed, position))])
 
 
-def log_sum_exp(logits: "Floats") -> float:
-    """log(sum(exp(logits))), safe for any finite logits; NonFiniteError for others."""
+def normalizer(logits: "Floats") -> tuple[float, float]:
+    """The largest logit, and the log of the sum of exp(logit - largest); their sum normalizes.
+
+    Apart, because adding them up would lose the second next to a huge first. Raises NonFiniteError
+    unless all logits are finite.
+    """
     import numpy as np
 
     largest, smallest = float(logits.max()), float(logits.min())  # NaN shows up in both
@@ -178,9 +183,9 @@ def log_sum_exp(logits: "Floats") -> float:
             hint="The weights are damaged or the model overflows in this precision",
         )
     if math.isinf(largest - smallest) or largest - smallest > 3e38:  # past float32
-        return largest + math.log(float(np.exp(logits.astype(np.float64) - largest).sum()))
+        return largest, math.log(float(np.exp(logits.astype(np.float64) - largest).sum()))
     shifted = np.exp(logits - logits.dtype.type(largest))
-    return largest + math.log(float(shifted.sum()))
+    return largest, math.log(float(shifted.sum()))
 
 
 def biased(logits: "Floats", bias: Mapping[int, float]) -> "Floats":

@@ -12,11 +12,11 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.defaults import DEFAULT_TESTS
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.tests import TESTS as JINJA_TESTS
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
@@ -63,7 +63,10 @@ ATTRIBUTES: dict[type, frozenset[str]] = {
     ),
 }
 
-GUARDED = {"replace": replaced, "join": joined}  # methods of text that are paid for beforehand
+GUARDED: dict[str, Callable[..., str]] = {
+    "replace": replaced,
+    "join": joined,
+}  # methods of text that are paid for beforehand
 
 SYNTAX: tuple[type[nodes.Node], ...] = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro),
@@ -131,7 +134,7 @@ class _Sandbox(ImmutableSandboxedEnvironment, Worker):
         )
         self.budget = Budget()
         self.filters = {name: _paid(function) for name, function in (FILTERS | _TOLLS).items()}
-        self.tests = {name: DEFAULT_TESTS[name] for name in TESTS}
+        self.tests = {name: JINJA_TESTS[name] for name in TESTS}
         self.globals = {
             "range": _range,
             "dict": _dict,
@@ -192,8 +195,7 @@ def _problem(node: nodes.Node) -> str | None:
         return f"the filter {node.name!r} is not supported"
     if isinstance(node, nodes.Test) and node.name not in TESTS:
         return f"the test {node.name!r} is not supported"
-    spread = isinstance(node, nodes.Call | nodes.Filter | nodes.Test)
-    if spread and (node.dyn_args is not None or node.dyn_kwargs is not None):
+    if getattr(node, "dyn_args", None) is not None or getattr(node, "dyn_kwargs", None) is not None:
         return "arguments with * are not supported"
     return None
 
@@ -230,7 +232,7 @@ class _Toll(NodeTransformer):
     visit_List = visit_Dict = visit_Compare = visit_Test = _made
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

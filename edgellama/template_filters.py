@@ -6,7 +6,7 @@ is about to make, so that no single call can take the machine's memory.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import Environment
@@ -19,8 +19,8 @@ MOST_SECONDS = 2.0  # of CPU time, for one rendering
 MOST_BITS = 64  # of an integer
 MOST_INDENT = 8  # spaces in JSON
 
-_VIEWS = (type({}.items()), type({}.keys()), type({}.values()))
-ITEMIZED = (str, list, tuple, dict, range, Undefined, *_VIEWS)  # what can be looped over
+_VIEWS: Any = (type({}.items()), type({}.keys()), type({}.values()))
+ITEMIZED: Any = (str, list, tuple, dict, range, Undefined, *_VIEWS)  # what can be looped over
 
 
 class NotAllowed(Exception):
@@ -216,7 +216,7 @@ class Worker(Environment):
     budget: Budget
 
 
-FILTERS: Mapping[str, Callable[..., Any]] = {
+FILTERS: dict[str, Callable[..., Any]] = {
     "trim": _text(str.strip),
     "upper": _text(str.upper),
     "lower": _text(str.lower),

@@ -126,7 +126,7 @@ def test_llama2_exactly():
         ("{{ '-' * 3 }}{{ 'a,b'.split(',')[-1] }}{{ 'abc'[::-1] }}{{ 7 // 2 }}", "---bcba3"),
         ("{{ 'aXbX'.replace('X', 'YY') }}{{ ['1', '2']|join('+') }}{{ ' a '|trim }}", "aYYbYY1+2a"),
         ("{{ x|default('d') }}{{ 'a' if messages[0]['content'].startswith('h') else 'b' }}", "da"),
-        ("{% for c in 'ab' %}{{ c.replace('a', 'x') }}{{ '-'.join([c, c]) }}{% endfor %}", "xa-abb-b"),
+        ("{% for c in 'ab' %}{{ c.replace('a', 'x') + '-'.join([c, c]) }}{% endfor %}", "xa-abb-b"),
         ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "a1"),
         ("  {% if true %}\na\n  {% endif %}\nb", "a\nb"),  # trim_blocks and lstrip_blocks
     ],
