@@ -114,12 +114,8 @@ class Conversation:
             self.terminal.note(f"[{reply.footer()}]")
 
     def _reply(self, message: str) -> Reply:
-        cancel, wording = CancelToken(), self._wording
-        limits: dict[str, Any] = {
-            "max_tokens": wording.max_tokens,
-            "stop": wording.stop or (),
-            "cancel": cancel,
-        }
+        cancel = CancelToken()
+        limits = self._wording.limits(cancel)
         if self._model.info.template is None:
             return show_reply(
                 self.terminal, lambda: self._model.generate(message, self._params, **limits), cancel

@@ -51,6 +51,10 @@ class Wording:
         given = {name: value for name, value in self.sampling.items() if value is not None}
         return edgellama.Sampling(**given)
 
+    def limits(self, cancel: CancelToken) -> dict[str, Any]:
+        """The arguments of `generate` and `chat` that end a reply."""
+        return {"max_tokens": self.max_tokens, "stop": self.stop or (), "cancel": cancel}
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -32,7 +32,7 @@ def run_prompt(
             terminal.note("The file has no chat template: the model continues the text.")
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        limits = {"max_tokens": wording.max_tokens, "stop": wording.stop or (), "cancel": cancel}
+        limits = wording.limits(cancel)
         reply = show_reply(
             terminal,
             lambda: (

@@ -260,7 +260,7 @@ def test_chat_with_a_base_model_continues_text(
     assert "base model" in err
 
 
-# --- pull, info, help ---------------------------------------------------------------------------------
+# --- pull, info, help ---------------------------------------------------------------------------
 
 
 def test_pull_from_disk(default_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
