@@ -16,7 +16,8 @@ from edgellama.control import CancelToken
 from edgellama.errors import Cancelled
 
 T = TypeVar("T")
-GRACE = 5.0  # seconds that cancelled work has to come to its end
+GRACE = 5.0  # seconds that a cancelled reply has to come to its end
+SHORT_GRACE = 0.5  # the same for work whose end nobody waits for: a compiler cannot be stopped
 _LOOK = 0.05  # seconds between two looks for a signal: Windows does not wake a waiting thread
 _NAME = "edgellama-work"
 
@@ -30,7 +31,7 @@ class Background(Generic[T]):
     """The items of `work()`, made in another thread; leaving the `with` stops that thread.
 
     Within the `with`, the first Ctrl-C raises nothing: it sets `cancel` and `interrupted`, and
-    whatever the work still yields follows, within GRACE seconds. A second one raises
+    whatever the work still yields follows, within `grace` seconds. A second one raises
     KeyboardInterrupt at once. `idle` is called now and then while nothing comes.
     """
 
@@ -39,9 +40,10 @@ class Background(Generic[T]):
         work: Callable[[], Iterable[T]],
         cancel: CancelToken,
         idle: Callable[[], None] = lambda: None,
+        grace: float = GRACE,
     ) -> None:
         self.interrupted = False
-        self._work, self._cancel, self._idle = work, cancel, idle
+        self._work, self._cancel, self._idle, self._grace = work, cancel, idle, grace
         self._items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._deadline = float("inf")
         self._restore = False
@@ -70,15 +72,17 @@ class Background(Generic[T]):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self._deadline = time.monotonic() + GRACE
-        self._cancel.cancel()
+        self._stop()
 
     def __exit__(self, *_: object) -> None:
         if self._restore:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._thread.is_alive():
-            self._cancel.cancel()
-            self._thread.join(GRACE)
+        self._stop()
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+
+    def _stop(self) -> None:
+        self._cancel.cancel()
+        self._deadline = min(self._deadline, time.monotonic() + self._grace)
 
     def __iter__(self) -> Iterator[T]:
         while True:
@@ -103,7 +107,7 @@ def in_background(
     work: Callable[[], T], cancel: CancelToken, idle: Callable[[], None] = lambda: None
 ) -> T:
     """`work()`'s result or exception. Ctrl-C sets `cancel` and ends in KeyboardInterrupt."""
-    with Background(lambda: [work()], cancel, idle) as running:
+    with Background(lambda: [work()], cancel, idle, SHORT_GRACE) as running:
         try:
             (result,) = running
         except Cancelled:
@@ -116,5 +120,5 @@ def in_background(
 
 
 def still_working() -> bool:
-    """Whether some work has outlived its GRACE."""
+    """Whether some work has outlived its grace."""
     return any(thread.name == _NAME for thread in threading.enumerate())
