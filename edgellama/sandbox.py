@@ -32,6 +32,7 @@ from edgellama.template_filters import (
 )
 
 MOST_NESTED = 100  # levels of syntax; Python's own compiler gives up at 200 brackets
+MOST_WORDS = 30_000  # of syntax; compiling takes about a second by then
 MOST_OUTPUT = 8 * 2**20  # characters
 LONGEST_RANGE = 100_000
 LONGEST_DATE_FORMAT = 64
@@ -91,6 +92,9 @@ class Program:
     def __init__(self, source: str, clock: Callable[[], datetime]) -> None:
         """Raises jinja2's exceptions, NotAllowed, or what Python's compiler raises."""
         self.environment = _Sandbox(clock)
+        for count, _ in enumerate(self.environment.lex(source)):
+            if count > MOST_WORDS:
+                raise NotAllowed("it is far longer than a chat needs")
         tree = self.environment.parse(source)
         _check_syntax(tree)
         tree = _Toll().visit(tree)
