@@ -1,0 +1,241 @@
+"""The peer: llama.cpp runs the same file, through llama-cpp-python (the extra `llamacpp`).
+
+Hands over the GGUF file and ids and takes logits; the graph is llama.cpp's own. On the CPU only,
+so that a comparison compares like with like. Knows nothing about operators or text.
+"""
+
+import ctypes
+import importlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellama.control import CancelToken
+from edgellama.errors import (
+    DeviceUnavailable,
+    EdgeLlamaError,
+    ForkedProcess,
+    ParameterError,
+    UnsupportedModelError,
+    shown,
+)
+from edgellama.gguf import GGUF
+from edgellama.graph import Graph
+from edgellama.runtimes.base import Options
+
+BATCH = 512  # tokens computed at once, llama.cpp's own default
+ROWS = 64  # the same where every token's logits are wanted: bounds llama.cpp's output buffer
+ABORTED = 2  # llama_decode's status once the abort callback has said yes
+INSTALL = "pip install 'edgellama[llamacpp]'"
+
+_LOG = logging.getLogger("edgellama")
+_loading = threading.Lock()
+_kept: list[Any] = []  # callbacks that llama.cpp still points to
+
+
+class LlamaCpp:
+    """One model's weights in llama.cpp's hands."""
+
+    def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
+        self.api = _bindings()
+        types = {"f16": self.api.GGML_TYPE_F16, "f32": self.api.GGML_TYPE_F32}
+        if options.kv_type not in types:
+            allowed = ", ".join(types)
+            raise ParameterError(
+                f"kv_type = {shown(options.kv_type)}; allowed: {allowed}",
+                field="kv_type",
+                value=options.kv_type,
+                allowed=allowed,
+            )
+        self.graph, self.options, self.kv_type = graph, options, types[options.kv_type]
+        self.warnings: list[str] = []
+        self.lock = threading.Lock()  # one step at a time, as the other runtimes do
+        self.pid = os.getpid()
+        self._sessions: weakref.WeakSet[LlamaCppSession] = weakref.WeakSet()
+        self.weight_bytes = sum(file.tensors[name].n_bytes for name in graph.weights)
+        self.pointer = self._load(file)
+        self._free = weakref.finalize(self, self.api.llama_model_free, self.pointer)
+        self._free.atexit = False
+
+    def _load(self, file: GGUF) -> int:
+        params = self.api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        report = self._progress_callback(params)
+        pointer = self.api.llama_model_load_from_file(os.fsencode(file.path), params)
+        del report
+        if self.options.cancel:
+            self.options.cancel.check("load")
+        if not pointer:
+            raise UnsupportedModelError(
+                "llama.cpp refuses the file",
+                path=file.path,
+                hint="The logger 'edgellama' has its reasons, at level DEBUG",
+            )
+        return int(pointer)
+
+    def _progress_callback(self, params: Any) -> Any:
+        """Have llama.cpp report its loading, and stop it once cancelled."""
+        cancel, progress = self.options.cancel, self.options.progress
+
+        def step(share: float, _: object) -> bool:
+            if progress:
+                progress(int(share * self.weight_bytes), self.weight_bytes, "loading")
+            return not (cancel and cancel.cancelled)
+
+        params.progress_callback = self.api.llama_progress_callback(step)
+        return params.progress_callback
+
+    def session(self) -> "LlamaCppSession":
+        session = LlamaCppSession(self)
+        self._sessions.add(session)
+        return session
+
+    def describe(self) -> dict[str, Any]:
+        built = self.api.llama_print_system_info().decode(errors="replace")
+        return {
+            "runtime": "llama.cpp",
+            "device": "cpu",
+            "threads": self.options.threads,
+            "version": importlib.import_module("llama_cpp").__version__,
+            "reason": " ".join(built.replace("|", " ").split()),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """What follows from the file and the options; llama.cpp does not tell its scratch."""
+        c, item = self.graph.config, 4 if self.options.kv_type == "f32" else 2
+        cache = 2 * c.n_layers * c.kv_dim * item * self.options.context
+        return {"weights": self.weight_bytes, "kv_cache": cache, "scratch": 0}
+
+    def close(self) -> None:
+        if os.getpid() != self.pid:
+            return
+        for session in list(self._sessions):
+            session.close()
+        with self.lock:
+            self._free()
+
+
+class LlamaCppSession:
+    """One conversation: a llama.cpp context of its own, and one batch that is used again."""
+
+    def __init__(self, model: LlamaCpp) -> None:
+        self.model, self.api, self.position = model, model.api, 0
+        options = model.options
+        params = self.api.llama_context_default_params()
+        params.n_ctx = options.context
+        params.n_batch = params.n_ubatch = min(BATCH, options.context)
+        params.n_outputs_max = min(ROWS, options.context)
+        params.n_threads = params.n_threads_batch = options.threads
+        params.type_k = params.type_v = model.kv_type
+        params.offload_kqv = params.op_offload = False
+        self.pointer = self.api.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise EdgeLlamaError(f"llama.cpp has no room for a context of {options.context} tokens")
+        self.batch = self.api.llama_batch_init(params.n_batch, 0, 1)
+        self._free = weakref.finalize(self, _free_session, self.api, self.pointer, self.batch)
+        self._free.atexit = False
+
+    def forward(
+        self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
+    ) -> NDArray[np.float32]:
+        if os.getpid() != self.model.pid:
+            raise ForkedProcess("the model was loaded before this process forked")
+        before, step = self.position, ROWS if all_logits else BATCH
+        vocab = self.model.graph.config.vocab_size
+        result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
+        with self.model.lock:
+            watch = self._watch(cancel)
+            for start in range(0, len(ids), step):
+                chunk = ids[start : start + step]
+                last = start + len(chunk) == len(ids)
+                status = self._decode(chunk, all_logits, last)
+                if status or (cancel and cancel.cancelled):
+                    self.truncate(before)
+                    self._raise(status, cancel)
+                self._collect(result[start:] if all_logits else result, len(chunk), all_logits)
+            del watch
+        return result if all_logits else result[0]
+
+    def _watch(self, cancel: CancelToken | None) -> Any:
+        """Have llama.cpp ask for the token between two operators; nothing is asked without one."""
+        kind = self.api.ggml_abort_callback
+        callback = kind((lambda _: cancel.cancelled) if cancel else 0)
+        self.api.llama_set_abort_callback(self.pointer, callback, None)
+        return callback
+
+    def _decode(self, ids: Sequence[int], all_logits: bool, last: bool) -> int:
+        batch, n = self.batch, len(ids)
+        batch.n_tokens = n
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = token, self.position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = all_logits or (last and i == n - 1)
+        status = int(self.api.llama_decode(self.pointer, batch))
+        if status == 0:
+            self.position += n
+        return status
+
+    def _collect(self, out: NDArray[np.float32], n: int, all_logits: bool) -> None:
+        """Copy the logits of the batch just computed; none, if none were asked for."""
+        wanted = [i for i in range(n) if self.batch.logits[i]]
+        for row, i in enumerate(wanted):
+            source = self.api.llama_get_logits_ith(self.pointer, i)
+            ctypes.memmove(out[row].ctypes.data, source, out.itemsize * out.shape[1])
+
+    def _raise(self, status: int, cancel: CancelToken | None) -> None:
+        if cancel and (status in (0, ABORTED)):
+            cancel.check("forward")
+        raise EdgeLlamaError(f"llama.cpp failed to compute, status {status}")
+
+    def truncate(self, n: int) -> None:
+        memory = self.api.llama_get_memory(self.pointer)
+        if not self.api.llama_memory_seq_rm(memory, 0, n, -1):
+            raise EdgeLlamaError(f"llama.cpp cannot forget the tokens from {n} on")
+        self.position = n
+
+    def close(self) -> None:
+        with self.model.lock:
+            self._free()
+
+
+def _free_session(api: Any, pointer: int, batch: Any) -> None:
+    api.llama_free(pointer)
+    api.llama_batch_free(batch)
+
+
+def _bindings() -> Any:
+    """llama-cpp-python's C interface, quiet. Raises DeviceUnavailable where it is not installed."""
+    with _loading:
+        try:
+            api = importlib.import_module("llama_cpp.llama_cpp")
+        except (ImportError, OSError, RuntimeError) as error:  # missing, or its library is broken
+            raise DeviceUnavailable(
+                f"llama-cpp-python cannot be imported: {error}",
+                field="runtime",
+                value="llama.cpp",
+                hint=f"Install it: {INSTALL}",
+            ) from error
+        if not _kept:
+            _kept.append(_quiet(api))
+        return api
+
+
+def _quiet(api: Any) -> Callable[..., None]:
+    """Send llama.cpp's log, which would go to stderr, to the logger `edgellama` at DEBUG.
+
+    llama.cpp has one log for the process, so a host that uses it too loses its own callback.
+    """
+
+    @api.llama_log_callback
+    def log(level: int, text: bytes, user_data: object) -> None:
+        _LOG.debug("llama.cpp: %s", text.decode(errors="replace").rstrip())
+
+    api.llama_log_set(log, None)
+    callback: Callable[..., None] = log
+    return callback
