@@ -4,14 +4,18 @@ Knows nothing about what is written.
 """
 
 import contextlib
+import glob
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from edgellama.errors import EdgeLlamaError, OutputError
+
+STALE = 24 * 3600  # seconds after which a temporary file has no writer any more
 
 
 @contextlib.contextmanager
@@ -23,7 +27,9 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     removed, and an OSError becomes OutputError. A link is followed once: its target is replaced.
     """
     target = _target(Path(path))
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    stem = f".{target.name[:100]}."
+    _sweep(target.parent, stem)
+    temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
     try:
         with contextlib.ExitStack() as on_failure:
             file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the renaming
@@ -59,6 +65,14 @@ def _discard(file: BinaryIO, temporary: Path) -> None:
         file.close()  # flushes, and may find the disk full once more
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def _sweep(folder: Path, stem: str) -> None:
+    """Remove what a killed writer of the same file left behind."""
+    for old in folder.glob(glob.escape(stem) + "*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > STALE:
+                old.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from edgellama.control import CancelToken
 from edgellama.errors import EdgeLlamaError, ModelFormatError, ParameterError, shown
-from edgellama.output import atomic_output
+from edgellama.output import STALE, atomic_output
 from edgellama.paths import DEFAULT_MODEL, cache_dir, is_model_name, model_file
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 20  # bytes copied between two looks at the cancel token
 _POLL = 0.05  # seconds between two looks at a child process
-_STALE = 24 * 3600  # seconds after which a scratch folder has no owner any more
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def _pieces(
 def _scratch(parent: Path) -> Iterator[Path]:
     for old in parent.glob(".pull-*"):  # what a killed pull left behind
         with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _STALE:
+            if time.time() - old.stat().st_mtime > STALE:
                 shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=parent, ignore_cleanup_errors=True) as at:
         yield Path(at)

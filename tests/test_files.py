@@ -110,6 +110,16 @@ def test_output_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out.bin"]
 
 
+def test_output_sweeps_what_a_killed_writer_left(tmp_path: Path) -> None:
+    old, fresh = tmp_path / ".out[1].bin.aaaa.tmp", tmp_path / ".out[1].bin.bbbb.tmp"
+    old.write_bytes(b"")
+    fresh.write_bytes(b"")
+    os.utime(old, (1e9, 1e9))
+    with atomic_output(tmp_path / "out[1].bin"):
+        pass
+    assert names_in(tmp_path) == [fresh.name, "out[1].bin"]
+
+
 @posix
 def test_output_has_the_usual_permissions(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
