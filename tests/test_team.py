@@ -1,0 +1,255 @@
+"""Threads that share a program: right results whatever they do to each other."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from checked import HERE, Array, compiled
+from tiny import write_tiny
+
+from edgellama.control import CancelToken
+from edgellama.runtimes import abi, kernel_cache, levels, simd
+from edgellama.runtimes.team import Team, available_memory, give_up_core, usable_cores
+
+LEVEL = HERE[0]
+HANG = 60.0  # seconds; what is bounded by it takes milliseconds
+
+
+def _mix(instruction: int, state: int, first: int, last: int, thread: int) -> None:
+    """target[unit] = 3 * source[(unit + shift) % n] + unit: wrong if anything before is undone."""
+    source, target = simd.load_i64(instruction + 24), simd.load_i64(instruction + 32)
+    n, shift = simd.load_i64(instruction + 40), simd.load_i64(instruction + 48)
+    for unit in range(first, last):
+        value = simd.load_i64(source + (unit + shift) % n * 8)
+        before = simd.atomic_exchange(target + unit * 8, 3 * value + unit)
+        if before != 0:  # a unit done twice
+            simd.atomic_exchange(target + unit * 8, -1)
+
+
+def _spin(instruction: int, state: int, first: int, last: int, thread: int) -> None:
+    """Keep a core busy for some microseconds a unit."""
+    cell, turns = simd.load_i64(instruction + 24), simd.load_i64(instruction + 32)
+    for _ in range((last - first) * turns):
+        simd.atomic_add(cell, 1)
+
+
+def address(function: Callable[..., None]) -> int:
+    kernel: Any = compiled(LEVEL, function.__name__, function)
+    return ctypes.cast(kernel, ctypes.c_void_p).value or 0
+
+
+def team(threads: int) -> Team:
+    found = kernel_cache.addresses(["lead", "follow"], levels.LEVELS[LEVEL])
+    lead, follow = (kernel_cache.function(found[k], n) for k, n in (("lead", 4), ("follow", 6)))
+    return Team(threads, lead, follow)
+
+
+def counters_for(program: Array) -> Array:
+    room = np.zeros(len(program) * abi.COUNTER_BYTES + 64, np.uint8)
+    skip = -room.ctypes.data % 64
+    return room[skip : skip + len(program) * abi.COUNTER_BYTES]
+
+
+def state_for(cancel: CancelToken | None = None, tokens: int = 1) -> Array:
+    state = np.zeros(abi.STATE_WORDS, np.int64)
+    state[abi.ONE], state[abi.N_TOKENS] = 1, tokens
+    state[abi.CANCEL] = cancel.address if cancel else 0
+    state[abi.GIVE_UP_CORE] = give_up_core()
+    return state
+
+
+class Mixing:
+    """A program whose every instruction depends on all of the one before."""
+
+    def __init__(self, sizes: list[int], tokens: int = 1) -> None:
+        self.sizes, self.tokens = sizes, tokens
+        self.cells = [np.zeros(n * tokens, np.int64) for n in (sizes[0], *sizes)]
+        self.cells[0][:] = np.arange(len(self.cells[0]))
+        self.program = np.zeros((len(sizes), abi.INSTRUCTION_WORDS), np.int64)
+        for i, words in enumerate(self.program):
+            source, target = self.cells[i], self.cells[i + 1]
+            words[:3] = address(_mix), sizes[i], abi.N_TOKENS if tokens > 1 else abi.ONE
+            words[abi.ARGS : abi.ARGS + 4] = source.ctypes.data, target.ctypes.data, len(source), i
+        self.counters = counters_for(self.program)
+
+    def run(self, team: Team, cancel: CancelToken | None = None) -> None:
+        for cells in self.cells[1:]:
+            cells[:] = 0
+        team.run(self.program, self.counters, state_for(cancel, self.tokens))
+
+    def right(self) -> bool:
+        value = self.cells[0]
+        for i, cells in enumerate(self.cells[1:]):
+            unit = np.arange(len(cells))
+            value = 3 * value[(unit + i) % len(value)] + unit
+            if not np.array_equal(cells, value):
+                return False
+        return True
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_every_unit_is_done_once_and_in_order(threads: int) -> None:
+    program = Mixing([1, 2, 100, 3, 1000, 1, 17])
+    helpers = team(threads)
+    for _ in range(200):
+        program.run(helpers)
+        assert program.right()
+    helpers.close()
+
+
+def test_units_of_many_tokens() -> None:
+    program, helpers = Mixing([5, 3, 40], tokens=7), team(3)
+    program.run(helpers)
+    assert program.right() and len(program.cells[-1]) == 280
+    helpers.close()
+
+
+def test_many_short_programs() -> None:
+    """About two seconds of programs so short that helpers arrive during, between and after."""
+    rng = np.random.default_rng(1)
+    helpers = team(5)
+    programs = [Mixing([int(n) for n in rng.integers(1, 30, 6)]) for _ in range(20)]
+    stop = time.monotonic() + 2
+    runs = 0
+    while time.monotonic() < stop:
+        program = programs[runs % len(programs)]
+        program.run(helpers)
+        assert program.right(), runs
+        runs += 1
+    assert runs > 100
+    helpers.close()
+
+
+def test_late_helpers_do_no_harm() -> None:
+    """One helper sleeps before it looks: its program may be over, and another one under way."""
+    helpers = team(3)
+    follow, rng = helpers._follow, np.random.default_rng(2)
+    naps = [float(t) for t in rng.choice([0, 0, 1e-5, 1e-4, 1e-3, 5e-3], 5000)]
+
+    def late(*arguments: int) -> None:
+        if arguments[-1] == 1:
+            time.sleep(naps.pop() if naps else 0)
+        follow(*arguments)
+
+    helpers._follow = late
+    for i in range(300):
+        program = Mixing([20, 1, 50, 7])  # a new one each time: memory is freed and used again
+        program.run(helpers)
+        assert program.right(), i
+    helpers.close()
+
+
+def test_a_set_token_leaves_everything_undone() -> None:
+    cancel = CancelToken()
+    cancel.cancel()
+    program, helpers = Mixing([20, 30]), team(3)
+    program.run(helpers, cancel)
+    assert not np.any(program.cells[1])
+    program.run(helpers)
+    assert program.right()
+    helpers.close()
+
+
+def test_cancelling_a_run_that_is_under_way() -> None:
+    cell = np.zeros(1, np.int64)
+    long = np.zeros((20_000, abi.INSTRUCTION_WORDS), np.int64)
+    long[:, :5] = address(_spin), 64, abi.ONE, cell.ctypes.data, 1000
+    counters, after, helpers = counters_for(long), Mixing([20, 1, 50, 7]), team(3)
+    for wait in (0.0, 0.001, 0.02, 0.05):
+        cancel = CancelToken()
+        timer = threading.Timer(wait, cancel.cancel)
+        timer.start()
+        began, cell[0] = time.monotonic(), 0
+        helpers.run(long, counters, state_for(cancel))
+        assert time.monotonic() - began < 5.0  # it was cancelled, or it would take far longer
+        assert cell[0] < 20_000 * 64 * 1000
+        stopped_at = cell[0]
+        after.run(helpers)
+        assert after.right()
+        assert cell[0] == stopped_at  # nobody works on
+        timer.join()
+    helpers.close()
+
+
+def test_closing_twice_and_running_alone_afterwards() -> None:
+    helpers, before = team(4), threading.active_count()
+    helpers.close()
+    assert threading.active_count() == before - 3
+    helpers.close()
+    program = Mixing([10, 20])
+    program.run(helpers)
+    assert program.right()
+
+
+def test_a_team_sleeps_when_there_is_nothing_to_do() -> None:
+    helpers = team(4)
+    Mixing([100, 100]).run(helpers)
+    time.sleep(0.05)
+    began = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - began < 0.1
+    helpers.close()
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def test_usable_cores_and_memory() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    memory = available_memory()
+    assert memory is None or 0 <= memory < 2**50
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+def test_usable_cores_are_those_of_the_affinity() -> None:
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from edgellama.runtimes.team import usable_cores
+print(usable_cores())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+FORK = """
+import os, sys
+import numpy as np
+import edgellama
+model = edgellama.load(sys.argv[1], threads=3)
+session = model.session()
+before = session.forward([1, 2, 3])
+
+def refused(call):
+    try:
+        call()
+    except edgellama.ForkedProcess:
+        return True
+    return False
+
+child = os.fork()
+if child == 0:
+    right = refused(lambda: session.forward([4])) and refused(model.session)
+    model.close()
+    os._exit(0 if right else 9)
+_, status = os.waitpid(child, 0)
+assert os.waitstatus_to_exitcode(status) == 0, status
+session.truncate(0)
+assert np.array_equal(session.forward([1, 2, 3]), before)
+model.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forking is POSIX's")
+def test_a_forked_child_is_refused_and_does_not_hang(tmp_path: Any) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf")
+    command = [sys.executable, "-c", FORK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
