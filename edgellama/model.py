@@ -60,9 +60,7 @@ class Model:
         self.device = runtime.describe()
         self._runtime: Runtime | None = runtime
         self._pid = os.getpid()
-        self._template = template_from_gguf(
-            file.metadata, bos=tokenizer.bos_text, eos=tokenizer.eos_text, path=file.path
-        )
+        self._template = template_from_gguf(file.metadata, file.path)
         self.info = self._describe(file, options, [*warnings, *runtime.warnings])
 
     def _describe(self, file: GGUF, options: Options, warnings: list[str]) -> ModelInfo:

@@ -6,7 +6,6 @@ Knows nothing about operators or formats of weights.
 import logging
 import os
 from pathlib import Path
-from typing import Literal
 
 from edgellama.config import ModelConfig
 from edgellama.control import CancelToken
@@ -26,7 +25,6 @@ from edgellama.runtimes.base import Options, Progress, Runtime
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 from edgellama.weights import check_tensors, model_config
 
-RuntimeName = Literal["auto", "cpu", "onnx", "reference", "llama.cpp"]
 RUNTIMES = ("auto", "cpu", "reference", "llama.cpp")
 CONTEXT_STEP = 256  # a context is a multiple of this
 MEMORY_SHARE = 0.8  # of what is available, for weights and cache together
@@ -37,7 +35,7 @@ _LOG = logging.getLogger("edgellama")
 def load(
     path: "str | os.PathLike[str]",
     *,
-    runtime: RuntimeName = "auto",
+    runtime: str = "auto",
     device: str = "auto",
     threads: int | None = None,
     context: int | None = None,

@@ -38,11 +38,17 @@ COUNTER_BYTES = 128
 DONE = 64
 
 # A token's activations, packed for a matrix product into records that lie [columns][token].
+#
 # For integer products 32 columns each, as two halves of 16 with a scale of their own (half the
-# error of one scale for 32): 32 int8 codes, 2 f32 scales, 2 i32 sums of codes, f32 sum of
-# scale * sum, padded to a cache line. For float products 8 columns each.
-Q8_RECORD = 64
-Q8_SCALES, Q8_SUMS, Q8_SCALED_SUM = 32, 40, 48
+# error of one scale for 32). An activation is scale * (high + low / 128), two signed bytes; plain
+# products take the high ones alone, fine products both. 32 high bytes, 32 low bytes; of each half
+# f32 scale, i32 sum of the high bytes, i32 sum of the low ones; f32 sum of scale * high, and of
+# scale * (high + low / 128).
+#
+# For float products 8 columns each.
+Q8_RECORD = 96
+Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = 32, 64, 72, 80
+Q8_SCALED_SUM, Q8_FINE_SUM = 88, 92
 F32_RECORD, F32_COLUMNS = 32, 8
 
 ATTENTION_BLOCK = 64  # cache positions a softmax step takes at once

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ def addresses(
 ) -> dict[str, int]:
     """Where each kernel's machine code is in memory; compiled first if need be.
 
-    Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `embed:F16`. `progress` is called
-    with (done, total, "compiling kernels") while kernels are compiled.
+    Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `fine:Q8_0`, `embed:F16`. `progress` is
+    called with (done, total, "compiling kernels") while kernels are compiled.
     """
     names = list(dict.fromkeys(names))
     with _lock:
@@ -80,7 +80,11 @@ def _compile(name: str, level: Level) -> bytes:
 
     kind, _, type_name = name.partition(":")
     if type_name:
-        make = {"linear": kernels_linear.linear, "embed": kernels_linear.embed}[kind]
+        make = {
+            "linear": kernels_linear.linear,
+            "fine": partial(kernels_linear.linear, fine=True),
+            "embed": kernels_linear.embed,
+        }[kind]
         return object_code(symbol(name), make(type_name), level)
     module = kernel_team if kind in ("lead", "follow") else kernels
     return object_code(symbol(name), getattr(module, kind), level)

@@ -48,7 +48,7 @@ def exp(x: Any) -> Any:
     p = simd.fma(p, r, simd.splat_f32(float32(5.0000001201e-1)))
     p = simd.fma(p, simd.mul(r, r), simd.add(r, simd.splat_f32(float32(1.0))))
     # 2 ** n in two steps: n reaches -150, below the smallest exponent.
-    half = simd.halve_i32(n)
+    half = simd.shift_right(n, 1)
     rest = simd.sub(n, half)
     return simd.mul(simd.mul(p, simd.power_of_two(half)), simd.power_of_two(rest))
 
@@ -57,28 +57,36 @@ def exp(x: Any) -> Any:
 
 
 @inline
-def pack_q8_half(x: Any, codes: int, scale_at: int, sum_at: int) -> Any:
-    """16 float32 as int8 codes with one scale; (almost) zeros get scale 0. Gives scale * sum."""
+def pack_q8_half(x: Any, record: int, half: int) -> Any:
+    """16 float32 as high and low bytes with one scale; (almost) zeros get scale 0.
+
+    Gives scale * sum of the high bytes, and of high + low / 128.
+    """
     largest = simd.max_f32(simd.absolute(x))
     scale = largest / float32(127.0)
-    inverse = float32(127.0) / largest
+    inverse = float32(127.0 * 128.0) / largest
     if largest < float32(1e-30):  # its inverse could overflow
         scale, inverse = float32(0.0), float32(0.0)
-    rounded = simd.round_i32(simd.mul(x, simd.splat_f32(inverse)))
-    simd.store_as_i8x16(codes, rounded)
-    total = simd.sum_i32(rounded)
-    simd.store_f32(scale_at, scale)
-    simd.store_i32(sum_at, total)
-    return scale * float32(total)
+    both = simd.round_i32(simd.mul(x, simd.splat_f32(inverse)))
+    high = simd.shift_right(simd.add(both, simd.splat_i32(int32(64))), 7)
+    low = simd.sub(both, simd.shift_left(high, 7))  # -64..63
+    simd.store_as_i8x16(record + half * LANES, high)
+    simd.store_as_i8x16(record + abi.Q8_LOW + half * LANES, low)
+    high_sum, low_sum = simd.sum_i32(high), simd.sum_i32(low)
+    simd.store_f32(record + abi.Q8_SCALES + half * 4, scale)
+    simd.store_i32(record + abi.Q8_SUMS + half * 4, high_sum)
+    simd.store_i32(record + abi.Q8_LOW_SUMS + half * 4, low_sum)
+    coarse = scale * float32(high_sum)
+    return coarse, coarse + scale * float32(low_sum) * float32(1.0 / 128.0)
 
 
 @inline
 def pack_q8(a: Any, b: Any, record: int) -> None:
     """32 columns as one record for integer products."""
-    scales, sums = record + abi.Q8_SCALES, record + abi.Q8_SUMS
-    first = pack_q8_half(a, record, scales, sums)
-    second = pack_q8_half(b, record + LANES, scales + 4, sums + 4)
+    first, first_fine = pack_q8_half(a, record, 0)
+    second, second_fine = pack_q8_half(b, record, 1)
     simd.store_f32(record + abi.Q8_SCALED_SUM, first + second)
+    simd.store_f32(record + abi.Q8_FINE_SUM, first_fine + second_fine)
 
 
 @inline

@@ -20,13 +20,14 @@ from edgellama.runtimes.kernels import argument
 from edgellama.runtimes.repack import LAYOUTS
 
 WORD, LANES, TILE = abi.WORD, abi.LANES, abi.TILE
-Q8_SCALES, Q8_SUMS, Q8_SCALED_SUM = abi.Q8_SCALES, abi.Q8_SUMS, abi.Q8_SCALED_SUM
+Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = abi.Q8_LOW, abi.Q8_SCALES, abi.Q8_SUMS, abi.Q8_LOW_SUMS
+Q8_SCALED_SUM, Q8_FINE_SUM = abi.Q8_SCALED_SUM, abi.Q8_FINE_SUM
 AHEAD = 2304  # bytes; where prefetching pays most on the machines measured
 
 Kernel = Callable[[int, int, int, int, int], None]
 
 
-def _linear(load: Any, dot: Any, block_bytes: int, record_bytes: int) -> Kernel:
+def _linear(load: Any, dot: Any, block_bytes: int, record_bytes: int, fine: int) -> Kernel:
     """The matrix product of one weight type, from its two pieces."""
 
     @inline
@@ -37,7 +38,7 @@ def _linear(load: Any, dot: Any, block_bytes: int, record_bytes: int) -> Kernel:
             p = w + block * block_bytes
             for line in range(0, block_bytes, 64):
                 simd.prefetch(p + AHEAD + line)
-            total = dot(load(p), x + block * record_bytes, total)
+            total = dot(load(p), x + block * record_bytes, total, fine)
         return total
 
     @inline
@@ -50,7 +51,7 @@ def _linear(load: Any, dot: Any, block_bytes: int, record_bytes: int) -> Kernel:
             record = x + block * n_tokens * record_bytes
             for t in range(count):
                 total = simd.load_f32x16(totals + t * 64)
-                total = dot(weights, record + t * record_bytes, total)
+                total = dot(weights, record + t * record_bytes, total, fine)
                 simd.store_f32x16(totals + t * 64, total)
 
     def linear(instruction: int, state: int, first: int, last: int, thread: int) -> None:
@@ -130,8 +131,14 @@ def load_nibbles(p: int) -> Any:
 
 
 @inline
-def dot_small(codes: Any, x: int, first: Any, second: Any) -> Any:
-    """Codes (up to 127) times the record's int8: first + columns 0..15, second + 16..31."""
+def minus_sum(x: int, at: int, offset: int) -> Any:
+    """What codes stored `offset` too high add to a product, taken off beforehand."""
+    return simd.splat_i32(int32(-offset * simd.load_i32(x + Q8_SUMS + at)))
+
+
+@inline
+def halves_small(codes: Any, x: int, first: Any, second: Any) -> Any:
+    """first + codes (up to 127) times bytes 0..15, second + times bytes 16..31."""
     a = simd.dot4_small(first, codes[0], simd.splat_4bytes(x))
     b = simd.dot4_small(second, codes[4], simd.splat_4bytes(x + 16))
     a = simd.dot4_small(a, codes[1], simd.splat_4bytes(x + 4))
@@ -144,8 +151,8 @@ def dot_small(codes: Any, x: int, first: Any, second: Any) -> Any:
 
 
 @inline
-def dot_large(codes: Any, x: int, first: Any, second: Any) -> Any:
-    """`dot_small` for codes up to 255."""
+def halves_large(codes: Any, x: int, first: Any, second: Any) -> Any:
+    """`halves_small` for codes up to 255."""
     a = simd.dot4(first, codes[0], simd.splat_4bytes(x))
     b = simd.dot4(second, codes[4], simd.splat_4bytes(x + 16))
     a = simd.dot4(a, codes[1], simd.splat_4bytes(x + 4))
@@ -158,18 +165,40 @@ def dot_large(codes: Any, x: int, first: Any, second: Any) -> Any:
 
 
 @inline
-def scaled(whole: Any, scales: Any, x: int, total: Any) -> Any:
-    """total + integer products of both halves times the record's scales times the rows'."""
-    a, b = whole
-    first, second = simd.load_f32(x + Q8_SCALES), simd.load_f32(x + Q8_SCALES + 4)
-    sum_ = simd.mul(simd.to_f32(a), simd.splat_f32(first))
-    return simd.fma(simd.fma(simd.to_f32(b), simd.splat_f32(second), sum_), scales, total)
+def dot_small(codes: Any, x: int, offset: int, fine: int) -> Any:
+    """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
+    a, b = halves_small(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
+    if fine != 0:
+        low = Q8_LOW_SUMS - Q8_SUMS
+        first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
+        c, d = halves_small(codes, x + Q8_LOW, first, second)
+        a = simd.add(simd.shift_left(a, 7), c)
+        b = simd.add(simd.shift_left(b, 7), d)
+    return a, b
 
 
 @inline
-def minus_sum(x: int, half: int, factor: int) -> Any:
-    """What codes stored `factor` too high add to half a product, taken off beforehand."""
-    return simd.splat_i32(int32(-factor * simd.load_i32(x + Q8_SUMS + 4 * half)))
+def dot_large(codes: Any, x: int, offset: int, fine: int) -> Any:
+    """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
+    a, b = halves_large(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
+    if fine != 0:
+        low = Q8_LOW_SUMS - Q8_SUMS
+        first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
+        c, d = halves_large(codes, x + Q8_LOW, first, second)
+        a = simd.add(simd.shift_left(a, 7), c)
+        b = simd.add(simd.shift_left(b, 7), d)
+    return a, b
+
+
+@inline
+def scaled(whole: Any, scales: Any, x: int, total: Any, fine: int) -> Any:
+    """total + integer products of both halves times the record's scales times the rows'."""
+    a, b = whole
+    first, second = simd.load_f32(x + Q8_SCALES), simd.load_f32(x + Q8_SCALES + 4)
+    if fine != 0:
+        first, second = first * float32(1.0 / 128.0), second * float32(1.0 / 128.0)
+    sum_ = simd.mul(simd.to_f32(a), simd.splat_f32(first))
+    return simd.fma(simd.fma(simd.to_f32(b), simd.splat_f32(second), sum_), scales, total)
 
 
 @inline
@@ -186,10 +215,9 @@ def load_q4_0(p: int) -> Any:
 
 
 @inline
-def dot_q4_0(weights: Any, x: int, total: Any) -> Any:
+def dot_q4_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    whole = dot_small(codes, x, minus_sum(x, 0, 8), minus_sum(x, 1, 8))
-    return scaled(whole, scales, x, total)
+    return scaled(dot_small(codes, x, 8, fine), scales, x, total, fine)
 
 
 @inline
@@ -205,11 +233,11 @@ def load_q4_1(p: int) -> Any:
 
 
 @inline
-def dot_q4_1(weights: Any, x: int, total: Any) -> Any:
+def dot_q4_1(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales, minima = weights
-    zero = simd.splat_i32(int32(0))
-    total = scaled(dot_small(codes, x, zero, zero), scales, x, total)
-    return simd.fma(minima, simd.splat_f32(simd.load_f32(x + Q8_SCALED_SUM)), total)
+    total = scaled(dot_small(codes, x, 0, fine), scales, x, total, fine)
+    sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
+    return simd.fma(minima, simd.splat_f32(simd.load_f32(x + sum_at)), total)
 
 
 @inline
@@ -236,10 +264,9 @@ def load_q8_0(p: int) -> Any:
 
 
 @inline
-def dot_q8_0(weights: Any, x: int, total: Any) -> Any:
+def dot_q8_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    whole = dot_large(codes, x, minus_sum(x, 0, 128), minus_sum(x, 1, 128))
-    return scaled(whole, scales, x, total)
+    return scaled(dot_large(codes, x, 128, fine), scales, x, total, fine)
 
 
 @inline
@@ -278,7 +305,7 @@ def _float_pieces(load16: Any, size: int) -> tuple[Any, Any, Any]:
         return simd.fma(w, simd.splat_f32(simd.load_f32(x + 4)), first)
 
     @inline
-    def dot(w: Any, x: int, total: Any) -> Any:
+    def dot(w: Any, x: int, total: Any, fine: int) -> Any:
         """A tree of additions within the block keeps the chain through `total` short."""
         a = simd.add(pair(w[0], w[1], x), pair(w[2], w[3], x + 8))
         b = simd.add(pair(w[4], w[5], x + 16), pair(w[6], w[7], x + 24))
@@ -303,11 +330,11 @@ _PIECES = {
 }
 
 
-def linear(type_name: str) -> Kernel:
-    """The matrix product for weights of one type."""
+def linear(type_name: str, *, fine: bool = False) -> Kernel:
+    """The matrix product for weights of one type; fine: with activations of 15 bits, not 8."""
     layout = LAYOUTS[type_name]
     load, dot, _ = _PIECES[type_name]
-    return _linear(load, dot, layout.block_bytes, layout.record_bytes)
+    return _linear(load, dot, layout.block_bytes, layout.record_bytes, int(fine))
 
 
 def embed(type_name: str) -> Kernel:

@@ -377,10 +377,15 @@ def power_of_two(b: Any, n: Any) -> Any:
     return b.bitcast(b.shl(biased, ir.Constant(i32x16.llvm, [23] * 16)), f32x16.llvm)
 
 
-@_operation(i32x16(i32x16))
-def halve_i32(b: Any, n: Any) -> Any:
-    """n / 2, rounded down."""
-    return b.ashr(n, ir.Constant(i32x16.llvm, [1] * 16))
+@_operation(i32x16(i32x16, _i64))
+def shift_right(b: Any, x: Any, n: Any) -> Any:
+    """x / 2 ** n, rounded down."""
+    return b.ashr(x, _splat(b, b.trunc(n, ir.IntType(32))))
+
+
+@_operation(i32x16(i32x16, _i64))
+def shift_left(b: Any, x: Any, n: Any) -> Any:
+    return b.shl(x, _splat(b, b.trunc(n, ir.IntType(32))))
 
 
 @_operation(_f64(_f64))
