@@ -73,9 +73,12 @@ class Reply:
         if self.usage is None:
             return ""
         use = self.usage
+        kept = f", {use.reused_tokens} of them known" if use.reused_tokens else ""
+        new = use.prompt_tokens - use.reused_tokens
+        steps = use.completion_tokens - 1  # the first token is the prompt's doing
         parts = [
-            f"prompt {_rate(use.prompt_tokens, use.prefill_seconds)}",
-            f"reply {_rate(use.completion_tokens, use.decode_seconds)}",
+            f"prompt {use.prompt_tokens} tokens{kept}{_rate(new, use.prefill_seconds)}",
+            f"reply {use.completion_tokens} tokens{_rate(steps, use.decode_seconds)}",
         ]
         reasons = {"length": "cut at --max-tokens", "context": "the context is full"}
         if self.finish_reason in reasons:
@@ -86,8 +89,7 @@ class Reply:
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    speed = f", {tokens / seconds:.1f} tokens/s" if seconds > 0 and tokens else ""
-    return f"{tokens} tokens{speed}"
+    return f", {tokens / seconds:.1f} tokens/s" if seconds > 0 and tokens > 0 else ""
 
 
 def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model":
