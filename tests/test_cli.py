@@ -32,7 +32,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(path, tiny_config(context_length=8192), metadata=metadata)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path / "cache"))
 
@@ -119,9 +119,19 @@ def test_same_seed_same_text(base_model: Path, capsys: pytest.CaptureFixture[str
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_real_model_answers(default_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(["run", str(default_model), "Name the capital of France.", "-n", "32", "-t", "0"]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert "Paris" in out
+    assert "tokens/s" in err
+
+
 # --- what goes wrong ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -263,6 +273,7 @@ def test_chat_with_a_base_model_continues_text(
 # --- pull, info, help ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_pull_from_disk(default_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pull", "--from", str(default_model), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
