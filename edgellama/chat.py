@@ -5,7 +5,7 @@ Knows nothing about models or sessions. `sandbox.py` runs the template's code, o
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,12 @@ MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, reserv
 class ChatTokenizer(Protocol):
     """The part of a tokenizer that a conversation needs."""
 
-    vocab_size: int
     bos: int | None
     add_bos: bool
 
-    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]: ...
-    def is_control(self, token: int, /) -> bool: ...
-    def token_text(self, token: int, /) -> str: ...
+    @property
+    def special_texts(self) -> frozenset[str]: ...
+    def encode_parts(self, parts: Iterable[tuple[str, bool]], /) -> list[int]: ...
 
 
 class ChatTemplate:
@@ -223,9 +222,7 @@ def encode_chat(
     lookalikes = _lookalikes(tokenizer)
     marker = lookalikes.mark(checked)
     text = template.render_checked(checked, add_generation_prompt)
-    ids: list[int] = []
-    for piece, special in lookalikes.pieces(text, marker):
-        ids += tokenizer.encode(piece, special=special)
+    ids = tokenizer.encode_parts(lookalikes.pieces(text, marker))
     if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
         ids.insert(0, tokenizer.bos)
     return ids
@@ -325,6 +322,5 @@ _known: "WeakKeyDictionary[ChatTokenizer, _Lookalikes]" = WeakKeyDictionary()
 def _lookalikes(tokenizer: ChatTokenizer) -> _Lookalikes:
     known = _known.get(tokenizer)
     if known is None:
-        ids = filter(tokenizer.is_control, range(tokenizer.vocab_size))
-        known = _known[tokenizer] = _Lookalikes({tokenizer.token_text(i) for i in ids} - {""})
+        known = _known[tokenizer] = _Lookalikes(set(tokenizer.special_texts))
     return known

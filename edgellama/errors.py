@@ -20,6 +20,8 @@ def shown(value: object) -> str:
         value, cut = value[:LONGEST_SHOWN], True
     else:
         cut = False
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_SHOWN:
+        value = f"an integer of {value.bit_length()} bits"  # Python refuses to spell it out
     text = ascii(value) if isinstance(value, str) else str(value)
     if not text.isascii() or not text.isprintable():
         text = ascii(text)

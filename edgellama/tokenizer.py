@@ -70,6 +70,11 @@ class Tokenizer:
         """The text of the first of `eos`, "" where there is none."""
         return self._vocab.tokens[self.eos[0]] if self.eos else ""
 
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """What `encode(special=True)` turns into control and unknown tokens."""
+        return frozenset(self._vocab.of_type(CONTROL, UNKNOWN))
+
     @cached_property
     def _specials(self) -> Matcher:
         return Matcher(self._vocab.specials)

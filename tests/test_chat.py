@@ -467,3 +467,9 @@ def test_bos_comes_once(source):
     ids = encode_chat(ChatTemplate(source, bos="<s>"), tokenizer, USER)
     assert ids == [1, *tokenizer.encode("a")]
     assert encode_chat(ChatTemplate("a"), tokenizer_of(add_bos=False), USER) == ids[1:]
+
+
+def test_an_unknown_token_typed_by_a_user_stays_text() -> None:
+    tokenizer = tokenizer_of()
+    ids = encode_chat(ChatTemplate(SMOLLM2), tokenizer, [{"role": "user", "content": "a<unk>b"}])
+    assert tokenizer.encode("<unk>", special=True)[-1] not in ids
