@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -150,37 +150,61 @@ def repacked(memory: Arena, kind: str, raw: Array) -> Array:
     return room
 
 
-def q8_records(memory: Arena, codes: Array, scales: Array) -> Array:
-    """Codes and scales as records, (blocks, tokens, 64).
+class Q8(NamedTuple):
+    """The fields of records for integer products, tokens first; floats as float64."""
 
-    codes: int8 (tokens, blocks, 2, 16); scales: float32 (tokens, blocks, 2).
-    """
-    tokens, blocks = codes.shape[:2]
+    high: Array  # int8 (tokens, blocks, 2, 16)
+    low: Array
+    scales: Array  # (tokens, blocks, 2)
+    sums: Array
+    low_sums: Array
+    scaled_sum: Array  # (tokens, blocks)
+    fine_sum: Array
+
+
+_FIELDS = (  # where each lies, its type and its shape in a block
+    (0, np.int8, (2, 16)),
+    (abi.Q8_LOW, np.int8, (2, 16)),
+    (abi.Q8_SCALES, np.float32, (2,)),
+    (abi.Q8_SUMS, np.int32, (2,)),
+    (abi.Q8_LOW_SUMS, np.int32, (2,)),
+    (abi.Q8_SCALED_SUM, np.float32, ()),
+    (abi.Q8_FINE_SUM, np.float32, ()),
+)
+
+
+def q8_records(memory: Arena, high: Array, low: Array, scales: Array) -> Array:
+    """Records (blocks, tokens, Q8_RECORD); the sums are worked out here."""
+    sums, low_sums = (x.sum(axis=-1, dtype=np.int32) for x in (high, low))
+    coarse = (scales * sums.astype(np.float32)).sum(axis=-1)
+    fine = coarse + (scales * low_sums.astype(np.float32)).sum(axis=-1) / np.float32(128)
+    tokens, blocks = scales.shape[:2]
     records = memory.new((blocks, tokens, abi.Q8_RECORD))
-    sums = codes.sum(axis=-1, dtype=np.int32)
-    scaled = (scales * sums.astype(np.float32)).sum(axis=-1, dtype=np.float32)
-    for at, values in (
-        (0, codes.reshape(tokens, blocks, 32)),
-        (abi.Q8_SCALES, scales),
-        (abi.Q8_SUMS, sums),
-        (abi.Q8_SCALED_SUM, scaled[..., None]),
-    ):
-        plain = np.ascontiguousarray(values.transpose(1, 0, 2)).view(np.uint8)
-        records[..., at : at + plain.shape[-1]] = plain
+    values = Q8(high, low, scales, sums, low_sums, coarse, fine)
+    for (at, dtype, _), value in zip(_FIELDS, values, strict=True):
+        plain = np.ascontiguousarray(value.reshape(tokens, blocks, -1), dtype).view(np.uint8)
+        records[..., at : at + plain.shape[-1]] = plain.transpose(1, 0, 2)
     return records
 
 
-def read_q8(records: Array) -> tuple[Array, Array, Array, Array]:
-    """(codes, scales, sums, scaled sums) of records, tokens first; floats as float64."""
+def read_q8(records: Array) -> Q8:
+    values = []
+    for at, dtype, shape in _FIELDS:
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        plain = np.ascontiguousarray(records[..., at : at + n_bytes].transpose(1, 0, 2))
+        value = plain.view(dtype).reshape(*plain.shape[:2], *shape)
+        values.append(value.astype(np.float64) if dtype is np.float32 else value)
+    return Q8(*values)
 
-    def numbers(at: int, n_bytes: int, dtype: Any) -> Array:
-        plain = np.ascontiguousarray(records[..., at : at + n_bytes]).view(dtype)
-        return plain.transpose(1, 0, 2)
 
-    codes = numbers(0, 32, np.int8)  # (tokens, blocks, 32)
-    scales = numbers(abi.Q8_SCALES, 8, np.float32).astype(np.float64)
-    scaled = numbers(abi.Q8_SCALED_SUM, 4, np.float32)[..., 0].astype(np.float64)
-    return codes.reshape(*codes.shape[:2], 2, 16), scales, numbers(abi.Q8_SUMS, 8, np.int32), scaled
+def split_bytes(x: Array) -> tuple[Array, Array, Array]:
+    """A slow twin of packing: (high, low, scales) of float32 (tokens, columns)."""
+    halves = x.astype(np.float32).reshape(len(x), -1, 2, 16)
+    largest = np.abs(halves).max(axis=-1)
+    largest = np.where(largest == 0, np.float32(1), largest)
+    both = np.rint(halves * (np.float32(127 * 128) / largest)[..., None]).astype(np.int64)
+    high = (both + 64) // 128
+    return high.astype(np.int8), (both - 128 * high).astype(np.int8), largest / np.float32(127)
 
 
 def f32_records(memory: Arena, x: Array) -> Array:
@@ -194,14 +218,15 @@ def f32_records(memory: Arena, x: Array) -> Array:
 def linear(
     memory: Arena,
     level: str,
-    kind: str,
+    kernel: str,
     raw: Array,
     records: Array,
     *,
     cuts: Sequence[int] = (),
     add_to: Array | None = None,
 ) -> Array:
-    """x @ weight.T through the kernel: float32 (tokens, rows padded to 16)."""
+    """x @ weight.T through `linear:F16`, `fine:Q4_0`…: float32 (tokens, rows padded to 16)."""
+    kind = kernel.partition(":")[2]
     columns = raw.shape[1] // BY_NAME[kind].size * BY_NAME[kind].block
     tokens, wide = records.shape[1], repack.padded(len(raw), abi.LANES)
     y = memory.new((tokens, wide), np.float32)
@@ -213,5 +238,5 @@ def linear(
     arguments = (weight, blocks, records, y, wide * 4, int(add_to is not None), abi.N_TOKENS)
     state: dict[int, int | Array] = {abi.N_TOKENS: tokens, abi.SCRATCH: scratch}
     state[abi.SCRATCH_BYTES] = abi.TILE * 64
-    run(memory, level, f"linear:{kind}", arguments, wide // abi.LANES, state, cuts)
+    run(memory, level, kernel, arguments, wide // abi.LANES, state, cuts)
     return y

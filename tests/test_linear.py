@@ -17,6 +17,7 @@ from checked import (
     read_q8,
     repacked,
     run,
+    split_bytes,
 )
 from numba import int32
 
@@ -24,7 +25,8 @@ from edgellama.ggml import FLOATS
 from edgellama.quantize.blocks import decode
 from edgellama.runtimes import abi, repack, simd
 
-INTEGERS = ("Q4_0", "Q4_1", "Q8_0")
+INTEGERS = [f"{how}:{kind}" for kind in ("Q4_0", "Q4_1", "Q8_0") for how in ("linear", "fine")]
+KERNELS = [*INTEGERS, *(f"linear:{kind}" for kind in FLOATS)]
 TOKENS = (1, 2, 31, 32, 33, 65)
 ROWS = (1, 15, 16, 17, 33)
 PRODUCT_ERROR = 4e-7  # of the sum of |terms|: float32 rounding, of block sums only
@@ -34,21 +36,22 @@ def bits(values: Array) -> Array:
     return np.ascontiguousarray(values).view(np.uint32)
 
 
-def matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Array:
+def type_of(kernel: str) -> str:
+    return kernel.rpartition(":")[2]
+
+
+def matrix(kernel: str, rows: int, columns: int, seed: int = 0) -> Array:
     values = np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
-    return quantized(kind, values)
+    return quantized(type_of(kernel), values)
 
 
-def activations(memory: Arena, kind: str, tokens: int, columns: int, seed: int = 1) -> Array:
-    """Records of N(0, 1), those of the integer types rounded by a slow twin of `pack_rows`."""
-    x = np.random.default_rng(seed).standard_normal((tokens, columns), np.float32)
+def activations(memory: Arena, kernel: str, tokens: int, columns: int, seed: int = 1) -> Array:
+    """Records of N(0, 1)."""
     wide = np.zeros((tokens, repack.padded(columns, abi.BLOCK)), np.float32)
-    wide[:, :columns] = x
-    if kind in FLOATS:
+    wide[:, :columns] = np.random.default_rng(seed).standard_normal((tokens, columns), np.float32)
+    if type_of(kernel) in FLOATS:
         return f32_records(memory, wide)
-    halves = wide.reshape(tokens, -1, 2, 16)
-    scales = np.abs(halves).max(axis=-1) / np.float32(127)
-    return q8_records(memory, np.rint(halves / scales[..., None]).astype(np.int8), scales)
+    return q8_records(memory, *split_bytes(wide))
 
 
 def codes_of(kind: str, raw: Array) -> tuple[Array, Array, Array]:
@@ -66,8 +69,9 @@ def codes_of(kind: str, raw: Array) -> tuple[Array, Array, Array]:
     return codes, halves[..., 0], halves[..., 1]
 
 
-def emulated(kind: str, raw: Array, records: Array) -> tuple[Array, Array]:
+def emulated(kernel: str, raw: Array, records: Array) -> tuple[Array, Array]:
     """(products, sums of |terms|), (tokens, rows), in float64 from the bits the kernel reads."""
+    how, _, kind = kernel.partition(":")
     if kind in FLOATS:
         x = records.transpose(1, 0, 2).reshape(records.shape[1], -1).astype(np.float64)
         w = np.zeros((len(raw), x.shape[1]))
@@ -75,80 +79,80 @@ def emulated(kind: str, raw: Array, records: Array) -> tuple[Array, Array]:
         w[:, : values.shape[1]] = values
         return x @ w.T, np.abs(x) @ np.abs(w).T
     codes, scales, minima = codes_of(kind, raw)
-    x, x_scales, _, x_sums = read_q8(records)
-    w = codes.reshape(*scales.shape, 2, 16)
-    whole = np.einsum("rbhc,tbhc->trbh", w, x.astype(np.float64))
-    terms = np.einsum("trbh,tbh,rb->trbh", whole, x_scales, scales)
-    offsets = np.einsum("rb,tb->trb", minima, x_sums)
+    q8 = read_q8(records)
+    x = q8.high.astype(np.float64) + (q8.low / 128 if how == "fine" else 0)
+    whole = np.einsum("rbhc,tbhc->trbh", codes.reshape(*scales.shape, 2, 16), x)
+    terms = np.einsum("trbh,tbh,rb->trbh", whole, q8.scales, scales)
+    offsets = np.einsum("rb,tb->trb", minima, q8.fine_sum if how == "fine" else q8.scaled_sum)
     total = terms.sum(axis=(-2, -1)) + offsets.sum(axis=-1)
     return total, np.abs(terms).sum(axis=(-2, -1)) + np.abs(offsets).sum(axis=-1)
 
 
-def assert_close(y: Array, kind: str, raw: Array, records: Array) -> None:
-    expected, size = emulated(kind, raw, records)
+def assert_close(y: Array, kernel: str, raw: Array, records: Array) -> None:
+    expected, size = emulated(kernel, raw, records)
     rows = len(raw)
     assert np.all(np.abs(y[:, :rows] - expected) <= PRODUCT_ERROR * size + 1e-44)
     assert np.all(y[:, rows:] == 0.0)  # the rows of padding
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
-def test_products_of_all_shapes(kind: str, level: str) -> None:
-    for columns in (32, 64, 96) + ((1, 7, 33) if kind in FLOATS else ()):
-        for rows in ROWS:
-            for tokens in TOKENS if (rows, columns) == (17, 64) else (1, 3):
-                raw = matrix(kind, rows, columns)
-                with arena() as memory:
-                    records = activations(memory, kind, tokens, columns)
-                    assert_close(linear(memory, level, kind, raw, records), kind, raw, records)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_products_of_all_shapes(kernel: str, level: str) -> None:
+    wide = (32, 64, 96) + ((1, 7, 33) if type_of(kernel) in FLOATS else ())
+    shapes = {(rows, 64, 1) for rows in ROWS} | {(17, columns, 3) for columns in wide}
+    for rows, columns, tokens in sorted(shapes | {(17, 64, tokens) for tokens in TOKENS}):
+        raw = matrix(kernel, rows, columns)
+        with arena() as memory:
+            records = activations(memory, kernel, tokens, columns)
+            assert_close(linear(memory, level, kernel, raw, records), kernel, raw, records)
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
-def test_long_rows(kind: str, level: str) -> None:
-    raw = matrix(kind, 16, 4096)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_long_rows(kernel: str, level: str) -> None:
+    raw = matrix(kernel, 16, 4096)
     with arena() as memory:
-        records = activations(memory, kind, 2, 4096)
-        assert_close(linear(memory, level, kind, raw, records), kind, raw, records)
+        records = activations(memory, kernel, 2, 4096)
+        assert_close(linear(memory, level, kernel, raw, records), kernel, raw, records)
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
-def test_one_token_and_many_give_the_same_bits(kind: str, level: str) -> None:
-    raw = matrix(kind, 33, 96)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_token_and_many_give_the_same_bits(kernel: str, level: str) -> None:
+    raw = matrix(kernel, 33, 96)
     for tokens in TOKENS:
         with arena() as memory:
-            records = activations(memory, kind, tokens, 96)
-            together = linear(memory, level, kind, raw, records)
+            records = activations(memory, kernel, tokens, 96)
+            together = linear(memory, level, kernel, raw, records)
             for token in {0, tokens // 2, tokens - 1}:
                 one = memory.copy(np.ascontiguousarray(records[:, token : token + 1]))
-                alone = linear(memory, level, kind, raw, one)
+                alone = linear(memory, level, kernel, raw, one)
                 assert np.array_equal(bits(alone[0]), bits(together[token]))
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_any_split_of_the_units_gives_the_same_bits(kind: str, level: str, tokens: int) -> None:
-    raw = matrix(kind, 70, 64)  # 5 units
+def test_any_split_of_the_units_gives_the_same_bits(kernel: str, level: str, tokens: int) -> None:
+    raw = matrix(kernel, 70, 64)  # 5 units
     with arena() as memory:
-        records = activations(memory, kind, tokens, 64)
-        whole = linear(memory, level, kind, raw, records)
+        records = activations(memory, kernel, tokens, 64)
+        whole = linear(memory, level, kernel, raw, records)
         for cuts in ([1], [4], [2, 3], [1, 2, 3, 4]):
-            parts = linear(memory, level, kind, raw, records, cuts=cuts)
+            parts = linear(memory, level, kernel, raw, records, cuts=cuts)
             assert np.array_equal(bits(parts), bits(whole))
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_accumulating_adds_to_what_was_there(kind: str, level: str, tokens: int) -> None:
-    raw = matrix(kind, 17, 64)
+def test_accumulating_adds_to_what_was_there(kernel: str, level: str, tokens: int) -> None:
+    raw = matrix(kernel, 17, 64)
     with arena() as memory:
-        records = activations(memory, kind, tokens, 64)
-        plain = linear(memory, level, kind, raw, records)
+        records = activations(memory, kernel, tokens, 64)
+        plain = linear(memory, level, kernel, raw, records)
         before = np.random.default_rng(5).standard_normal(plain.shape, np.float32)
-        added = linear(memory, level, kind, raw, records, add_to=before)
+        added = linear(memory, level, kernel, raw, records, add_to=before)
         assert np.array_equal(bits(added), bits(before + plain))
 
 
@@ -162,57 +166,72 @@ def extreme(kind: str, rows: int, blocks: int, code: int, scale: float, minimum:
     return np.tile(np.concatenate([halves, packed]), (rows, blocks))
 
 
+def whole_records(memory: Arena, high: Array, low: Array) -> Array:
+    """Scales of 1: plain products are the integer products themselves."""
+    return q8_records(memory, high, low, np.ones(high.shape[:3], np.float32))
+
+
+def assert_whole(y: Array, kernel: str, raw: Array, records: Array) -> None:
+    """Plain products are exact; fine ones have more bits than float32 holds."""
+    if kernel.startswith("fine"):
+        assert_close(y, kernel, raw, records)
+    else:
+        assert np.array_equal(y, emulated(kernel, raw, records)[0])
+
+
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", INTEGERS)
-def test_integer_parts_are_exact_at_the_extremes(kind: str, level: str) -> None:
-    """Scales of 1: the result is the integer product itself, the same at every level."""
-    codes = (0, 0x7F, 0x80, 0x81, 0xFF) if kind == "Q8_0" else (0, 0xFF, 0x0F, 0xF0)
+@pytest.mark.parametrize("kernel", INTEGERS)
+def test_integer_products_at_the_extremes(kernel: str, level: str) -> None:
+    codes = (0, 0x7F, 0x80, 0x81, 0xFF) if kernel.endswith("Q8_0") else (0, 0xFF, 0x0F, 0xF0)
     for code in codes:
-        raw = extreme(kind, 16, 3, code, 1.0, 2.0)
-        for value in (127, -127):
+        raw = extreme(type_of(kernel), 16, 3, code, 1.0, 2.0)
+        for high, low in ((127, 0), (-127, 0), (126, 63), (-127, 63), (127, -64), (-126, -64)):
             for tokens in (1, 2):
                 with arena() as memory:
-                    x = np.full((tokens, 3, 2, 16), value, np.int8)
-                    records = q8_records(memory, x, np.ones((tokens, 3, 2), np.float32))
-                    y = linear(memory, level, kind, raw, records)
-                    assert np.array_equal(y, emulated(kind, raw, records)[0])
+                    x = np.full((tokens, 3, 2, 16), high, np.int8)
+                    records = whole_records(memory, x, np.full_like(x, low))
+                    y = linear(memory, level, kernel, raw, records)
+                    assert_whole(y, kernel, raw, records)
 
 
-@pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", INTEGERS)
-def test_integer_parts_are_exact_for_random_codes(kind: str, level: str) -> None:
+@pytest.mark.parametrize("kernel", INTEGERS)
+def test_integer_products_of_random_codes(kernel: str) -> None:
+    """Scales are powers of two, so rounding is the same with and without fused multiply-add."""
     rng = np.random.default_rng(7)
-    size = {"Q4_0": 16, "Q4_1": 16, "Q8_0": 32}[kind]
-    raw = extreme(kind, 48, 4, 0, 1.0, -3.0).reshape(48, 4, -1)
+    size = 32 if kernel.endswith("Q8_0") else 16
+    raw = extreme(type_of(kernel), 48, 4, 0, 0.5, -2.0).reshape(48, 4, -1)
     raw[..., -size:] = rng.integers(0, 256, (48, 4, size))
     raw = raw.reshape(48, -1)
     with arena() as memory:
-        x = rng.integers(-127, 128, (33, 4, 2, 16)).astype(np.int8)
-        records = q8_records(memory, x, np.ones((33, 4, 2), np.float32))
-        y = linear(memory, level, kind, raw, records)
-        assert np.array_equal(y, emulated(kind, raw, records)[0])
+        high = rng.integers(-127, 128, (33, 4, 2, 16)).astype(np.int8)
+        low = rng.integers(-64, 64, (33, 4, 2, 16)).astype(np.int8)
+        records = whole_records(memory, high, low)
+        results = [linear(memory, level, kernel, raw, records) for level in HERE]
+        assert_whole(results[0], kernel, raw, records)
+        for other in results[1:]:
+            assert np.array_equal(bits(other), bits(results[0]))
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("kernel", INTEGERS)
 @pytest.mark.parametrize("scale", [0.0, 6e-8, 5.9e-5, 65504.0, -65504.0])
-def test_scales_of_every_size(kind: str, level: str, scale: float) -> None:
+def test_scales_of_every_size(kernel: str, level: str, scale: float) -> None:
     """Zero, the least subnormal half, the largest subnormal one and the largest of all."""
-    raw = extreme(kind, 17, 2, 0x9A, scale, -scale)
+    raw = extreme(type_of(kernel), 17, 2, 0x9A, scale, -scale)
     with arena() as memory:
-        records = activations(memory, kind, 3, 64)
-        assert_close(linear(memory, level, kind, raw, records), kind, raw, records)
+        records = activations(memory, kernel, 3, 64)
+        assert_close(linear(memory, level, kernel, raw, records), kernel, raw, records)
 
 
 @pytest.mark.skipif("avx512vnni" not in HERE, reason="needs two levels with fused multiply-add")
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
-def test_levels_with_fused_multiply_add_agree_to_the_bit(kind: str) -> None:
-    raw = matrix(kind, 33, 96)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_levels_with_fused_multiply_add_agree_to_the_bit(kernel: str) -> None:
+    raw = matrix(kernel, 33, 96)
     for tokens in (1, 33):
         with arena() as memory:
-            records = activations(memory, kind, tokens, 96)
+            records = activations(memory, kernel, tokens, 96)
             results = [
-                linear(memory, level, kind, raw, records) for level in HERE if level != "generic"
+                linear(memory, level, kernel, raw, records) for level in HERE if level != "generic"
             ]
             assert len(results) >= 2
             for other in results[1:]:
