@@ -180,7 +180,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    terminal = Terminal(debug=bool(os.environ.get("EDGELLAMA_DEBUG")))
+    terminal = Terminal()
     try:
         app(arguments, prog_name="edgellama", obj=terminal)
     except SystemExit as ending:
