@@ -201,8 +201,15 @@ def _round(session: "Session", work: _Work, cancel: CancelToken) -> Step:
 
 
 def _measured(device: dict[str, Any], samples: Samples) -> Measured:
-    spreads = {figure: Spread.of(values) for figure, values in samples.items()}
-    return Measured(device, *(spreads[figure] for figure in FIGURES[:4]), spreads.get(FIGURES[4]))
+    spread = {figure: Spread.of(values) for figure, values in samples.items()}
+    return Measured(
+        device,
+        prefill=spread["prefill"],
+        decode=spread["decode"],
+        load_seconds=spread["load_seconds"],
+        first_token_seconds=spread["first_token_seconds"],
+        peak_bytes=spread.get("peak_bytes"),
+    )
 
 
 def _ratios(a: Samples, b: Samples) -> dict[str, Spread]:

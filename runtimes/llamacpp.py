@@ -232,10 +232,9 @@ def _quiet(api: Any) -> Callable[..., None]:
     llama.cpp has one log for the process, so a host that uses it too loses its own callback.
     """
 
-    @api.llama_log_callback
     def log(level: int, text: bytes, user_data: object) -> None:
         _LOG.debug("llama.cpp: %s", text.decode(errors="replace").rstrip())
 
-    api.llama_log_set(log, None)
-    callback: Callable[..., None] = log
+    callback: Callable[..., None] = api.llama_log_callback(log)
+    api.llama_log_set(callback, None)
     return callback
