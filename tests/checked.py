@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
+from tiny import encoded
 
-from edgellama.ggml import BY_NAME
+from edgellama.ggml import BY_NAME, HALVES
 from edgellama.runtimes import abi, kernel_cache, levels, repack
 
 GUARD = os.environ.get("EDGELLAMA_TEST_GUARD", "")
@@ -138,8 +138,16 @@ _ENGINES: list[Any] = []  # they own the machine code
 
 def quantized(kind: str, values: Array) -> Array:
     """float32 (rows, columns) as a file holds them: uint8 (rows, row_bytes)."""
-    raw = gguf.quants.quantize(values.astype(np.float32), gguf.GGMLQuantizationType[kind])
-    return np.ascontiguousarray(raw).view(np.uint8)
+    return np.ascontiguousarray(encoded(kind, values)).view(np.uint8)
+
+
+def any_bits(kind: str, rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    """Random blocks, (rows, blocks), with small scales: uint8 (rows, row_bytes)."""
+    raw = rng.integers(0, 256, (*shape, BY_NAME[kind].size), np.uint8)
+    for at in HALVES[kind]:
+        scales = (rng.standard_normal((*shape, 1)) / 16).astype(np.float16)
+        raw[..., at : at + 2] = scales.view(np.uint8)
+    return raw.reshape(shape[0], -1)
 
 
 def repacked(memory: Arena, kind: str, raw: Array) -> Array:

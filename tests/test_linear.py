@@ -8,6 +8,7 @@ from checked import (
     HERE,
     Arena,
     Array,
+    any_bits,
     arena,
     compiled,
     f32_records,
@@ -21,15 +22,18 @@ from checked import (
 )
 from numba import int32
 
-from edgellama.ggml import FLOATS
+from edgellama.ggml import BY_NAME, FLOATS
 from edgellama.quantize.blocks import decode
 from edgellama.runtimes import abi, repack, simd
 
-INTEGERS = [f"{how}:{kind}" for kind in ("Q4_0", "Q4_1", "Q8_0") for how in ("linear", "fine")]
+SIMPLE = [f"{how}:{kind}" for kind in ("Q4_0", "Q4_1", "Q8_0") for how in ("linear", "fine")]
+INTEGERS = [
+    f"{how}:{kind}" for kind in repack.LAYOUTS if kind not in FLOATS for how in ("linear", "fine")
+]
 KERNELS = [*INTEGERS, *(f"linear:{kind}" for kind in FLOATS)]
 TOKENS = (1, 2, 31, 32, 33, 65)
 ROWS = (1, 15, 16, 17, 33)
-PRODUCT_ERROR = 4e-7  # of the sum of |terms|: float32 rounding, of block sums only
+PRODUCT_ERROR = 4e-7  # of the sum of |terms|: float32 rounding; measured: up to 1e-7
 
 
 def bits(values: Array) -> Array:
@@ -38,6 +42,11 @@ def bits(values: Array) -> Array:
 
 def type_of(kernel: str) -> str:
     return kernel.rpartition(":")[2]
+
+
+def width(kernel: str, n: int) -> int:
+    """Columns of n blocks of a type, or of n times 32."""
+    return n * max(32, BY_NAME[type_of(kernel)].block)
 
 
 def matrix(kernel: str, rows: int, columns: int, seed: int = 0) -> Array:
@@ -69,18 +78,25 @@ def codes_of(kind: str, raw: Array) -> tuple[Array, Array, Array]:
     return codes, halves[..., 0], halves[..., 1]
 
 
+def decoded_products(x: Array, kind: str, raw: Array) -> tuple[Array, Array]:
+    w = np.zeros((len(raw), x.shape[1]))
+    values = decode(kind, raw)
+    w[:, : values.shape[1]] = values
+    return x @ w.T, np.abs(x) @ np.abs(w).T
+
+
 def emulated(kernel: str, raw: Array, records: Array) -> tuple[Array, Array]:
     """(products, sums of |terms|), (tokens, rows), in float64 from the bits the kernel reads."""
     how, _, kind = kernel.partition(":")
     if kind in FLOATS:
         x = records.transpose(1, 0, 2).reshape(records.shape[1], -1).astype(np.float64)
-        w = np.zeros((len(raw), x.shape[1]))
-        values = decode(kind, raw)
-        w[:, : values.shape[1]] = values
-        return x @ w.T, np.abs(x) @ np.abs(w).T
-    codes, scales, minima = codes_of(kind, raw)
+        return decoded_products(x, kind, raw)
     q8 = read_q8(records)
     x = q8.high.astype(np.float64) + (q8.low / 128 if how == "fine" else 0)
+    if kernel not in SIMPLE:
+        x = (x * q8.scales[..., None]).reshape(len(x), -1)
+        return decoded_products(x, kind, raw)
+    codes, scales, minima = codes_of(kind, raw)
     whole = np.einsum("rbhc,tbhc->trbh", codes.reshape(*scales.shape, 2, 16), x)
     terms = np.einsum("trbh,tbh,rb->trbh", whole, q8.scales, scales)
     offsets = np.einsum("rb,tb->trb", minima, q8.fine_sum if how == "fine" else q8.scaled_sum)
@@ -98,9 +114,11 @@ def assert_close(y: Array, kernel: str, raw: Array, records: Array) -> None:
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_products_of_all_shapes(kernel: str, level: str) -> None:
-    wide = (32, 64, 96) + ((1, 7, 33) if type_of(kernel) in FLOATS else ())
-    shapes = {(rows, 64, 1) for rows in ROWS} | {(17, columns, 3) for columns in wide}
-    for rows, columns, tokens in sorted(shapes | {(17, 64, tokens) for tokens in TOKENS}):
+    two = width(kernel, 2)
+    wide = [width(kernel, n) for n in (1, 2, 3)]
+    wide += [1, 7, 33] if type_of(kernel) in FLOATS else []
+    shapes = {(rows, two, 1) for rows in ROWS} | {(17, columns, 3) for columns in wide}
+    for rows, columns, tokens in sorted(shapes | {(17, two, tokens) for tokens in TOKENS}):
         raw = matrix(kernel, rows, columns)
         with arena() as memory:
             records = activations(memory, kernel, tokens, columns)
@@ -119,10 +137,10 @@ def test_long_rows(kernel: str, level: str) -> None:
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_token_and_many_give_the_same_bits(kernel: str, level: str) -> None:
-    raw = matrix(kernel, 33, 96)
+    raw = matrix(kernel, 33, width(kernel, 3))
     for tokens in TOKENS:
         with arena() as memory:
-            records = activations(memory, kernel, tokens, 96)
+            records = activations(memory, kernel, tokens, width(kernel, 3))
             together = linear(memory, level, kernel, raw, records)
             for token in {0, tokens // 2, tokens - 1}:
                 one = memory.copy(np.ascontiguousarray(records[:, token : token + 1]))
@@ -134,9 +152,9 @@ def test_one_token_and_many_give_the_same_bits(kernel: str, level: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_any_split_of_the_units_gives_the_same_bits(kernel: str, level: str, tokens: int) -> None:
-    raw = matrix(kernel, 70, 64)  # 5 units
+    raw = matrix(kernel, 70, width(kernel, 2))  # 5 units
     with arena() as memory:
-        records = activations(memory, kernel, tokens, 64)
+        records = activations(memory, kernel, tokens, width(kernel, 2))
         whole = linear(memory, level, kernel, raw, records)
         for cuts in ([1], [4], [2, 3], [1, 2, 3, 4]):
             parts = linear(memory, level, kernel, raw, records, cuts=cuts)
@@ -147,9 +165,9 @@ def test_any_split_of_the_units_gives_the_same_bits(kernel: str, level: str, tok
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_accumulating_adds_to_what_was_there(kernel: str, level: str, tokens: int) -> None:
-    raw = matrix(kernel, 17, 64)
+    raw = matrix(kernel, 17, width(kernel, 2))
     with arena() as memory:
-        records = activations(memory, kernel, tokens, 64)
+        records = activations(memory, kernel, tokens, width(kernel, 2))
         plain = linear(memory, level, kernel, raw, records)
         before = np.random.default_rng(5).standard_normal(plain.shape, np.float32)
         added = linear(memory, level, kernel, raw, records, add_to=before)
@@ -180,7 +198,7 @@ def assert_whole(y: Array, kernel: str, raw: Array, records: Array) -> None:
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kernel", INTEGERS)
+@pytest.mark.parametrize("kernel", SIMPLE)
 def test_integer_products_at_the_extremes(kernel: str, level: str) -> None:
     codes = (0, 0x7F, 0x80, 0x81, 0xFF) if kernel.endswith("Q8_0") else (0, 0xFF, 0x0F, 0xF0)
     for code in codes:
@@ -194,7 +212,7 @@ def test_integer_products_at_the_extremes(kernel: str, level: str) -> None:
                     assert_whole(y, kernel, raw, records)
 
 
-@pytest.mark.parametrize("kernel", INTEGERS)
+@pytest.mark.parametrize("kernel", SIMPLE)
 def test_integer_products_of_random_codes(kernel: str) -> None:
     """Scales are powers of two, so rounding is the same with and without fused multiply-add."""
     rng = np.random.default_rng(7)
@@ -214,6 +232,22 @@ def test_integer_products_of_random_codes(kernel: str) -> None:
 
 @pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize("kernel", INTEGERS)
+def test_products_of_any_bits(kernel: str, level: str) -> None:
+    """Random bytes as weights, and activations at their limits."""
+    kind, rng = type_of(kernel), np.random.default_rng(9)
+    raw = any_bits(kind, rng, (32, 2 * (width(kernel, 1) // BY_NAME[kind].block)))
+    shape = (3, width(kernel, 2) // 32, 2, 16)
+    for choices in ([-127, 127], [-127, 0, 127], [127], range(-127, 128)):
+        with arena() as memory:
+            high = rng.choice(np.array(choices, np.int8), shape)
+            low = rng.integers(-64, 64, shape).astype(np.int8)
+            scales = rng.random(shape[:3], np.float32)
+            records = q8_records(memory, high, np.where(high > 0, -64, low), scales)
+            assert_close(linear(memory, level, kernel, raw, records), kernel, raw, records)
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("kernel", SIMPLE)
 @pytest.mark.parametrize("scale", [0.0, 6e-8, 5.9e-5, 65504.0, -65504.0])
 def test_scales_of_every_size(kernel: str, level: str, scale: float) -> None:
     """Zero, the least subnormal half, the largest subnormal one and the largest of all."""
@@ -226,10 +260,10 @@ def test_scales_of_every_size(kernel: str, level: str, scale: float) -> None:
 @pytest.mark.skipif("avx512vnni" not in HERE, reason="needs two levels with fused multiply-add")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_levels_with_fused_multiply_add_agree_to_the_bit(kernel: str) -> None:
-    raw = matrix(kernel, 33, 96)
+    raw = matrix(kernel, 33, width(kernel, 3))
     for tokens in (1, 33):
         with arena() as memory:
-            records = activations(memory, kernel, tokens, 96)
+            records = activations(memory, kernel, tokens, width(kernel, 3))
             results = [
                 linear(memory, level, kernel, raw, records) for level in HERE if level != "generic"
             ]
@@ -242,9 +276,9 @@ def test_levels_with_fused_multiply_add_agree_to_the_bit(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("level", HERE)
-@pytest.mark.parametrize("kind", repack.LAYOUTS)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", *FLOATS])
 def test_embed_gives_the_decoder_s_bits(kind: str, level: str) -> None:
-    for columns in (32, 96) + ((7, 33) if kind in FLOATS else ()):
+    for columns in [width(kind, 1), width(kind, 3)] + ([7, 33] if kind in FLOATS else []):
         raw = matrix(kind, 37, columns)
         ids = np.array([0, 36, 15, 16, 17, 36], np.int64)
         wide = repack.padded(columns, abi.BLOCK)
