@@ -55,8 +55,24 @@ BY_ID = {t.id: t for t in _TABLE}
 BY_NAME = {t.name: t for t in _TABLE}
 
 # The types that every runtime of edgellama executes; a model with others is refused.
-RUNNABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+RUNNABLE = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
 FLOATS = ("F32", "F16", "BF16")
 
 # Where the float16 scales (and minima) lie in a block, in bytes from its start.
-HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2)}
+HALVES = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "IQ4_NL": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # its codes

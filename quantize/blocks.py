@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellama.errors import UnsupportedModelError, shown
-from edgellama.ggml import BY_NAME, RUNNABLE
+from edgellama.ggml import BY_NAME, HALVES, IQ4_NL, RUNNABLE
+from edgellama.quantize import packed
+from edgellama.quantize.packed import Packed
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -32,11 +34,6 @@ def _half(blocks: Bytes, start: int) -> Floats:
     return blocks[:, start : start + 2].copy().view("<f2").astype(np.float32)
 
 
-def _nibbles(packed: Bytes) -> Bytes:
-    """4-bit values of (n, k) bytes as (n, 2 k): all low halves first, then all high ones."""
-    return np.concatenate((packed & 15, packed >> 4), axis=1)
-
-
 def _f32(blocks: Bytes) -> Floats:
     return blocks.view("<f4").astype(np.float32, copy=False)
 
@@ -54,12 +51,44 @@ def _q8_0(blocks: Bytes) -> Floats:  # d * q
 
 
 def _q4_0(blocks: Bytes) -> Floats:  # d * (q - 8)
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8))
+    return _half(blocks, 0) * (packed.q4(blocks[:, 2:]).codes.astype(np.float32) - np.float32(8))
 
 
 def _q4_1(blocks: Bytes) -> Floats:  # d * q + m
-    scaled = _half(blocks, 0) * _nibbles(blocks[:, 4:]).astype(np.float32)
+    scaled = _half(blocks, 0) * packed.q4(blocks[:, 4:]).codes.astype(np.float32)
     return scaled + _half(blocks, 2)
+
+
+def _q5_0(blocks: Bytes) -> Floats:  # d * (q - 16)
+    codes = packed.q5(blocks[:, 2:6], blocks[:, 6:]).codes
+    return _half(blocks, 0) * (codes.astype(np.float32) - np.float32(16))
+
+
+def _q5_1(blocks: Bytes) -> Floats:  # d * q + m
+    codes = packed.q5(blocks[:, 4:8], blocks[:, 8:]).codes
+    return _half(blocks, 0) * codes.astype(np.float32) + _half(blocks, 2)
+
+
+def _iq4_nl(blocks: Bytes) -> Floats:  # d * table[q]
+    table = np.array(IQ4_NL, np.float32)
+    return _half(blocks, 0) * table[packed.q4(blocks[:, 2:]).codes]
+
+
+def _k_type(name: str, unpack: Callable[[Bytes], Packed], offset: int) -> BlockFormat:
+    """A K type: d * scale * (q - offset) - dmin * minimum, with small integers a sub-block."""
+    d, *dmin = HALVES[name]
+
+    def decode_blocks(blocks: Bytes) -> Floats:
+        parts = unpack(blocks)
+        assert parts.scales is not None
+        n, subs = parts.scales.shape
+        codes = parts.codes.reshape(n, subs, -1).astype(np.float32) - np.float32(offset)
+        values = (_half(blocks, d) * parts.scales.astype(np.float32))[..., None] * codes
+        if parts.minima is not None:
+            values -= (_half(blocks, dmin[0]) * parts.minima.astype(np.float32))[..., None]
+        return values.reshape(n, -1)
+
+    return BlockFormat(name, 256, BY_NAME[name].size, decode_blocks)
 
 
 FORMATS = {
@@ -71,6 +100,14 @@ FORMATS = {
         BlockFormat("Q8_0", 32, 2 + 32, _q8_0),
         BlockFormat("Q4_0", 32, 2 + 16, _q4_0),
         BlockFormat("Q4_1", 32, 2 + 2 + 16, _q4_1),
+        BlockFormat("Q5_0", 32, 2 + 4 + 16, _q5_0),
+        BlockFormat("Q5_1", 32, 2 + 2 + 4 + 16, _q5_1),
+        BlockFormat("IQ4_NL", 32, 2 + 16, _iq4_nl),
+        _k_type("Q2_K", packed.q2_k, 0),
+        _k_type("Q3_K", packed.q3_k, 4),
+        _k_type("Q4_K", packed.q4_k, 0),
+        _k_type("Q5_K", packed.q5_k, 0),
+        _k_type("Q6_K", packed.q6_k, 32),
     )
 }
 for _record in FORMATS.values():

@@ -24,7 +24,7 @@ define void @{name}({parameters}) {{
 }}
 declare i32 @"{inner}"(ptr, ptr, {kinds})
 """
-_EXTERNAL = ("dot4", "dot4_small", "fma", "from_f16", "to_f16", "pause")
+_EXTERNAL = ("dot4", "dot4_small", "lookup", "fma", "from_f16", "to_f16", "pause")
 
 
 def inline(function: Callable[..., Any]) -> Any:

@@ -35,6 +35,8 @@ _SOURCES = [  # what the machine code follows from
     "kernels",
     "kernels_linear",
     "levels",
+    "pieces",
+    "pieces_quants",
     "repack",
     "simd",
 ]

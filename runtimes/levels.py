@@ -90,6 +90,81 @@ def _both(body: str) -> str:
     return _function(_V, "dot4", _DOT_ARGS, body) + _function(_V, "dot4_small", _DOT_ARGS, body)
 
 
+# `lookup`: each byte of %x (0..15) replaced by that entry of %t.
+_T = "<16 x i8>"
+_LOOKUP_ARGS = f"{_T} %t, {_B} %x"
+
+
+def _wide_table(copies: int) -> str:
+    """%w: the table, so many times."""
+    lanes = (
+        f"<{16 * copies} x i32> <" + ", ".join(f"i32 {i % 16}" for i in range(16 * copies)) + ">"
+    )
+    return f"  %w = shufflevector {_T} %t, {_T} poison, {lanes}"
+
+
+_LOOKUP_512 = f"declare {_B} @llvm.x86.avx512.pshuf.b.512({_B}, {_B})\n" + _function(
+    _B,
+    "lookup",
+    _LOOKUP_ARGS,
+    f"{_wide_table(4)}\n"
+    f"  %r = call {_B} @llvm.x86.avx512.pshuf.b.512({_B} %w, {_B} %x)\n"
+    f"  ret {_B} %r",
+)
+
+
+def _lookup_in_parts(parts: int, declare: str, step: str, table: str) -> str:
+    """`lookup` on so many parts of %x: `step` turns %x# into %r#."""
+    size = 64 // parts
+    lines = [table] if table else []
+    for i in range(parts):
+        bytes_ = _mask(range(size * i, size * (i + 1)))
+        lines += [
+            f"  %x{i} = shufflevector {_B} %x, {_B} poison, {bytes_}",
+            step.replace("#", str(i)),
+        ]
+    joined = [f"%r{i}" for i in range(parts)]
+    while len(joined) > 1:
+        wide = size * parts // len(joined)
+        kind, lanes = f"<{wide} x i8>", _mask(range(2 * wide))
+        pairs = list(zip(joined[::2], joined[1::2], strict=True))
+        joined = [f"{a}{b[1:]}" for a, b in pairs]
+        lines += [
+            f"  {name} = shufflevector {kind} {a}, {kind} {b}, {lanes}"
+            for name, (a, b) in zip(joined, pairs, strict=True)
+        ]
+    lines.append(f"  ret {_B} {joined[0]}")
+    return declare + _function(_B, "lookup", _LOOKUP_ARGS, "\n".join(lines))
+
+
+_LOOKUP_256 = _lookup_in_parts(
+    2,
+    "declare <32 x i8> @llvm.x86.avx2.pshuf.b(<32 x i8>, <32 x i8>)\n",
+    "  %r# = call <32 x i8> @llvm.x86.avx2.pshuf.b(<32 x i8> %w, <32 x i8> %x#)",
+    _wide_table(2),
+)
+_LOOKUP_NEON = _lookup_in_parts(
+    4,
+    f"declare {_T} @llvm.aarch64.neon.tbl1.v16i8({_T}, {_T})\n",
+    f"  %r# = call {_T} @llvm.aarch64.neon.tbl1.v16i8({_T} %t, {_T} %x#)",
+    "",
+)
+
+
+def _lookup_generic() -> str:
+    """Sixteen comparisons: slow, and possible everywhere."""
+    lines, result = [], "zeroinitializer"
+    for i in range(16):
+        lanes = "<64 x i32> " + ("zeroinitializer" if i == 0 else f"splat (i32 {i})")
+        lines += [
+            f"  %e{i} = shufflevector {_T} %t, {_T} poison, {lanes}",
+            f"  %c{i} = icmp eq {_B} %x, {_constant('i8', i)}",
+            f"  %r{i} = select <64 x i1> %c{i}, {_B} %e{i}, {_B} {result}",
+        ]
+        result = f"%r{i}"
+    return _function(_B, "lookup", _LOOKUP_ARGS, "\n".join([*lines, f"  ret {_B} {result}"]))
+
+
 # AVX-512-VNNI: one instruction for all 64 products.
 _VNNI_512 = f"declare {_V} @llvm.x86.avx512.vpdpbusd.512({_V}, {_B}, {_B})\n" + _both(
     f"  %r = call {_V} @llvm.x86.avx512.vpdpbusd.512({_DOT_ARGS})\n  ret {_V} %r"
@@ -286,20 +361,30 @@ LEVELS = {  # best first
             "x86-64-v4",
             "+avx512vnni",
             (*_V4, "avx512vnni"),
-            _VNNI_512 + _FMA + _HALF + _PAUSE_X86,
+            _VNNI_512 + _LOOKUP_512 + _FMA + _HALF + _PAUSE_X86,
         ),
         Level(
             "avxvnni",
             "x86-64-v3",
             "+avxvnni",
             (*_V3, "avxvnni"),
-            _VNNI_256 + _FMA + _HALF + _PAUSE_X86,
+            _VNNI_256 + _LOOKUP_256 + _FMA + _HALF + _PAUSE_X86,
         ),
-        Level("avx2", "x86-64-v3", "", _V3, _AVX2 + _FMA + _HALF + _PAUSE_X86),
+        Level("avx2", "x86-64-v3", "", _V3, _AVX2 + _LOOKUP_256 + _FMA + _HALF + _PAUSE_X86),
         Level(
-            "neon", "generic", "+neon,+dotprod", ("dotprod",), _neon() + _FMA + _HALF + _PAUSE_ARM
+            "neon",
+            "generic",
+            "+neon,+dotprod",
+            ("dotprod",),
+            _neon() + _LOOKUP_NEON + _FMA + _HALF + _PAUSE_ARM,
         ),
-        Level("generic", "", "", (), _generic() + _MUL_ADD + _SOFT_HALF + _PAUSE_NONE),
+        Level(
+            "generic",
+            "",
+            "",
+            (),
+            _generic() + _lookup_generic() + _MUL_ADD + _SOFT_HALF + _PAUSE_NONE,
+        ),
     )
 }
 

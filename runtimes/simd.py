@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic, models, register_model
 
+from edgellama.ggml import IQ4_NL
+
 # Numba does not type these; this is the one place where that is papered over.
 _intrinsic: Callable[[Any], Any] = _numba_intrinsic
 _insert_function: Callable[..., Any] = cgutils.get_or_insert_function
@@ -184,6 +186,32 @@ def load_bf16x16(b: Any, address: Any) -> Any:
     """Sixteen bfloat16 numbers, widened: they are the upper halves of float32."""
     wide = b.zext(_read(b, address, i16x16.llvm, 2), i32x16.llvm)
     return b.bitcast(b.shl(wide, ir.Constant(i32x16.llvm, [16] * 16)), f32x16.llvm)
+
+
+@_operation(f32x16(_i64))
+def load_i8x16(b: Any, address: Any) -> Any:
+    """Sixteen signed bytes as float32."""
+    return b.sitofp(_read(b, address, i8x16.llvm, 1), f32x16.llvm)
+
+
+@_operation(f32x16(_i64))
+def load_u8x16(b: Any, address: Any) -> Any:
+    """Sixteen unsigned bytes as float32."""
+    return b.uitofp(_read(b, address, i8x16.llvm, 1), f32x16.llvm)
+
+
+@_operation(f32x16(_i64))
+def load_low_u4x16(b: Any, address: Any) -> Any:
+    """The low halves of sixteen bytes as float32."""
+    low = b.and_(_read(b, address, i8x16.llvm, 1), ir.Constant(i8x16.llvm, [15] * 16))
+    return b.uitofp(low, f32x16.llvm)
+
+
+@_operation(f32x16(_i64))
+def load_high_u4x16(b: Any, address: Any) -> Any:
+    """The high halves of sixteen bytes as float32."""
+    high = b.lshr(_read(b, address, i8x16.llvm, 1), ir.Constant(i8x16.llvm, [4] * 16))
+    return b.uitofp(high, f32x16.llvm)
 
 
 @_operation(_void(_i64, f32x16))
@@ -401,6 +429,34 @@ def low_nibbles(b: Any, x: Any) -> Any:
 @_operation(i8x64(i8x64))
 def high_nibbles(b: Any, x: Any) -> Any:
     return b.lshr(x, ir.Constant(i8x64.llvm, [4] * 64))
+
+
+@_operation(i8x64(i8x64, _i64, _i64))
+def bits(b: Any, x: Any, start: Any, mask: Any) -> Any:
+    """(x >> start) & mask, byte by byte."""
+    byte = ir.IntType(8)
+    shifted = b.lshr(x, _splat(b, b.trunc(start, byte), 64))
+    return b.and_(shifted, _splat(b, b.trunc(mask, byte), 64))
+
+
+@_operation(i8x64(i8x64, i8x64, _i64))
+def set_bits(b: Any, x: Any, y: Any, start: Any) -> Any:
+    """x | (y << start), byte by byte."""
+    return b.or_(x, b.shl(y, _splat(b, b.trunc(start, ir.IntType(8)), 64)))
+
+
+@_operation(i8x64(i8x64))
+def nonlinear(b: Any, x: Any) -> Any:
+    """Entry x of IQ4_NL's table of 16 signed bytes, plus 128 to be unsigned; x is 0..15."""
+    table = ir.Constant(i8x16.llvm, [entry + 128 for entry in IQ4_NL])
+    return _call(b, "edgellama.lookup", i8x64.llvm, table, x)
+
+
+@_operation(_i64(_i64))
+def nonlinear_value(b: Any, x: Any) -> Any:
+    """Entry x of IQ4_NL's table."""
+    table = ir.Constant(ir.VectorType(ir.IntType(8), 16), list(IQ4_NL))
+    return b.sext(b.extract_element(table, x), ir.IntType(64))
 
 
 @_operation(i32x16(i32x16, i8x64, i8x64))

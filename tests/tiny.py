@@ -3,15 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import gguf
 import numpy as np
 
 from edgellama.config import ModelConfig, Rope
-from edgellama.ggml import BY_NAME
+from edgellama.ggml import BY_NAME, HALVES
 from edgellama.weights import expected_shapes
 
 UNKNOWN, CONTROL, NORMAL, BYTE = 2, 3, 1, 6  # token types of the GGUF specification
+INVENTED = ("IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")  # gguf has no encoder for them
 PIECES = ("▁the", "▁a", "▁and", "ing", "er", "▁t", "he", "in", "on", "▁")
 
 
@@ -62,6 +64,29 @@ def tiny_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return weights
 
 
+def encoded(kind: str, values: np.ndarray) -> np.ndarray:
+    """`values` as a file holds them, for types that the `gguf` package can write.
+
+    For the others, any legal bits whose values spread as wide as `values` do.
+    """
+    form = gguf.GGMLQuantizationType[kind]
+    if kind not in INVENTED:
+        return gguf.quants.quantize(values.astype(np.float32), form)
+    rows, columns = values.shape
+    size = columns // BY_NAME[kind].block * BY_NAME[kind].size
+    raw = np.random.default_rng(crc32(values.tobytes())).integers(0, 256, (rows, size), np.uint8)
+    blocks = raw.reshape(-1, BY_NAME[kind].size)
+    _set_scales(kind, blocks, 1.0)
+    spread = gguf.quants.dequantize(raw, form).std()
+    _set_scales(kind, blocks, float(values.std() / spread))
+    return raw
+
+
+def _set_scales(kind: str, blocks: np.ndarray, scale: float) -> None:
+    for at in HALVES[kind]:
+        blocks[:, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
+
+
 def write_tiny(
     path: str | Path,
     config: ModelConfig | None = None,
@@ -86,8 +111,7 @@ def write_tiny(
         writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
     for name, values in (tiny_weights(config, seed) | (weights or {})).items():
         kind = _type_of(name, values, types)
-        raw = gguf.quants.quantize(values, kind)
-        writer.add_tensor(name, raw, raw_dtype=kind)
+        writer.add_tensor(name, encoded(kind.name, values), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,241 @@
+"""What matrix products are made of, weight type by weight type: the plain ones.
+
+Each type gives three pieces: `load(p, i)` brings block i of the 16 rows at p into registers;
+`dot(weights, x, total, fine)` multiplies it with one token's record; `decode(p, lane, column)`
+gives one weight. `kernels_linear.py` turns pieces into kernels, `repack.py` writes the memory they
+read, `pieces_quants.py` has the types with odd numbers of bits.
+
+The slow twin is `Reference.linear` on weights decoded by `quantize/blocks.py`.
+"""
+
+from typing import Any
+
+from numba import float32, int32
+
+from edgellama.runtimes import abi, simd
+from edgellama.runtimes.compiler import inline
+
+LANES = abi.LANES
+Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = abi.Q8_LOW, abi.Q8_SCALES, abi.Q8_SUMS, abi.Q8_LOW_SUMS
+Q8_SCALED_SUM, Q8_FINE_SUM = abi.Q8_SCALED_SUM, abi.Q8_FINE_SUM
+
+
+@inline
+def load_nibbles(p: int) -> Any:
+    """256 bytes: chunk j holds columns 4j..4j+3 (low) and 16+4j..16+4j+3 (high) of 16 rows."""
+    a, b = simd.load_i8x64(p), simd.load_i8x64(p + 64)
+    c, d = simd.load_i8x64(p + 128), simd.load_i8x64(p + 192)
+    return (
+        simd.low_nibbles(a),
+        simd.low_nibbles(b),
+        simd.low_nibbles(c),
+        simd.low_nibbles(d),
+        simd.high_nibbles(a),
+        simd.high_nibbles(b),
+        simd.high_nibbles(c),
+        simd.high_nibbles(d),
+    )
+
+
+@inline
+def minus_sum(x: int, at: int, offset: int) -> Any:
+    """What codes stored `offset` too high add to a product, taken off beforehand."""
+    return simd.splat_i32(int32(-offset * simd.load_i32(x + Q8_SUMS + at)))
+
+
+@inline
+def halves_small(codes: Any, x: int, first: Any, second: Any) -> Any:
+    """first + codes (up to 127) times bytes 0..15, second + times bytes 16..31."""
+    a = simd.dot4_small(first, codes[0], simd.splat_4bytes(x))
+    b = simd.dot4_small(second, codes[4], simd.splat_4bytes(x + 16))
+    a = simd.dot4_small(a, codes[1], simd.splat_4bytes(x + 4))
+    b = simd.dot4_small(b, codes[5], simd.splat_4bytes(x + 20))
+    a = simd.dot4_small(a, codes[2], simd.splat_4bytes(x + 8))
+    b = simd.dot4_small(b, codes[6], simd.splat_4bytes(x + 24))
+    a = simd.dot4_small(a, codes[3], simd.splat_4bytes(x + 12))
+    b = simd.dot4_small(b, codes[7], simd.splat_4bytes(x + 28))
+    return a, b
+
+
+@inline
+def halves_large(codes: Any, x: int, first: Any, second: Any) -> Any:
+    """`halves_small` for codes up to 255."""
+    a = simd.dot4(first, codes[0], simd.splat_4bytes(x))
+    b = simd.dot4(second, codes[4], simd.splat_4bytes(x + 16))
+    a = simd.dot4(a, codes[1], simd.splat_4bytes(x + 4))
+    b = simd.dot4(b, codes[5], simd.splat_4bytes(x + 20))
+    a = simd.dot4(a, codes[2], simd.splat_4bytes(x + 8))
+    b = simd.dot4(b, codes[6], simd.splat_4bytes(x + 24))
+    a = simd.dot4(a, codes[3], simd.splat_4bytes(x + 12))
+    b = simd.dot4(b, codes[7], simd.splat_4bytes(x + 28))
+    return a, b
+
+
+@inline
+def dot_small(codes: Any, x: int, offset: int, fine: int) -> Any:
+    """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
+    a, b = halves_small(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
+    if fine != 0:
+        low = Q8_LOW_SUMS - Q8_SUMS
+        first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
+        c, d = halves_small(codes, x + Q8_LOW, first, second)
+        a = simd.add(simd.shift_left(a, 7), c)
+        b = simd.add(simd.shift_left(b, 7), d)
+    return a, b
+
+
+@inline
+def dot_large(codes: Any, x: int, offset: int, fine: int) -> Any:
+    """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
+    a, b = halves_large(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
+    if fine != 0:
+        low = Q8_LOW_SUMS - Q8_SUMS
+        first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
+        c, d = halves_large(codes, x + Q8_LOW, first, second)
+        a = simd.add(simd.shift_left(a, 7), c)
+        b = simd.add(simd.shift_left(b, 7), d)
+    return a, b
+
+
+@inline
+def record_scale(x: int, half: int, fine: int) -> Any:
+    """What a product of 16 columns is to be multiplied by."""
+    scale = simd.load_f32(x + Q8_SCALES + half * 4)
+    return scale * float32(1.0 / 128.0) if fine != 0 else scale
+
+
+@inline
+def scaled(whole: Any, scales: Any, x: int, total: Any, fine: int) -> Any:
+    """total + integer products of both halves times the record's scales times the rows'."""
+    a, b = whole
+    left = simd.mul(simd.to_f32(a), simd.splat_f32(record_scale(x, 0, fine)))
+    both = simd.fma(simd.to_f32(b), simd.splat_f32(record_scale(x, 1, fine)), left)
+    return simd.fma(both, scales, total)
+
+
+@inline
+def nibble(p: int, lane: int, column: int) -> Any:
+    """One 4-bit code of a repacked block."""
+    byte = simd.load_u8(p + (column % 16) // 4 * 64 + lane * 4 + column % 4)
+    return byte >> 4 if column >= 16 else byte & 15
+
+
+# Q4_0: 16 f16 scales, 256 bytes of codes 8 too high.
+@inline
+def load_q4_0(p: int, i: int) -> Any:
+    return load_nibbles(p + 32), simd.load_f16x16(p)
+
+
+@inline
+def dot_q4_0(weights: Any, x: int, total: Any, fine: int) -> Any:
+    codes, scales = weights
+    return scaled(dot_small(codes, x, 8, fine), scales, x, total, fine)
+
+
+@inline
+def decode_q4_0(p: int, lane: int, column: int) -> Any:
+    scale = simd.lane_f32(simd.load_f16x16(p), lane)
+    return scale * float32(nibble(p + 32, lane, column) - 8)
+
+
+# Q4_1: 16 f16 scales, 16 f16 minima, 256 bytes of codes.
+@inline
+def load_q4_1(p: int, i: int) -> Any:
+    return load_nibbles(p + 64), simd.load_f16x16(p), simd.load_f16x16(p + 32)
+
+
+@inline
+def dot_minimum(weights: Any, x: int, total: Any, fine: int) -> Any:
+    """Codes with one scale and one minimum for all 32 columns."""
+    codes, scales, minima = weights
+    total = scaled(dot_small(codes, x, 0, fine), scales, x, total, fine)
+    sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
+    return simd.fma(minima, simd.splat_f32(simd.load_f32(x + sum_at)), total)
+
+
+@inline
+def decode_q4_1(p: int, lane: int, column: int) -> Any:
+    scale = simd.lane_f32(simd.load_f16x16(p), lane)
+    minimum = simd.lane_f32(simd.load_f16x16(p + 32), lane)
+    return scale * float32(nibble(p + 64, lane, column)) + minimum
+
+
+# Q8_0: 16 f16 scales, 512 bytes of codes 128 too high, so that they are unsigned.
+@inline
+def load_q8_0(p: int, i: int) -> Any:
+    codes = (
+        simd.load_i8x64(p + 32),
+        simd.load_i8x64(p + 96),
+        simd.load_i8x64(p + 160),
+        simd.load_i8x64(p + 224),
+        simd.load_i8x64(p + 288),
+        simd.load_i8x64(p + 352),
+        simd.load_i8x64(p + 416),
+        simd.load_i8x64(p + 480),
+    )
+    return codes, simd.load_f16x16(p)
+
+
+@inline
+def dot_q8_0(weights: Any, x: int, total: Any, fine: int) -> Any:
+    codes, scales = weights
+    return scaled(dot_large(codes, x, 128, fine), scales, x, total, fine)
+
+
+@inline
+def decode_q8_0(p: int, lane: int, column: int) -> Any:
+    code = simd.load_u8(p + 32 + column // 4 * 64 + lane * 4 + column % 4) - 128
+    return simd.lane_f32(simd.load_f16x16(p), lane) * float32(code)
+
+
+# --- float products ------------------------------------------------------------------------------
+
+
+def _float_pieces(load16: Any, size: int) -> tuple[Any, Any, Any]:
+    """(load, dot, decode) for weights of `size` bytes that `load16` widens to float32.
+
+    A block is 8 columns, each 16 rows wide.
+    """
+    wide = LANES * size
+
+    @inline
+    def load(p: int, i: int) -> Any:
+        return (
+            load16(p),
+            load16(p + wide),
+            load16(p + 2 * wide),
+            load16(p + 3 * wide),
+            load16(p + 4 * wide),
+            load16(p + 5 * wide),
+            load16(p + 6 * wide),
+            load16(p + 7 * wide),
+        )
+
+    @inline
+    def pair(v: Any, w: Any, x: int) -> Any:
+        """Two columns times two activations."""
+        first = simd.mul(v, simd.splat_f32(simd.load_f32(x)))
+        return simd.fma(w, simd.splat_f32(simd.load_f32(x + 4)), first)
+
+    @inline
+    def dot(w: Any, x: int, total: Any, fine: int) -> Any:
+        """A tree of additions within the block keeps the chain through `total` short."""
+        a = simd.add(pair(w[0], w[1], x), pair(w[2], w[3], x + 8))
+        b = simd.add(pair(w[4], w[5], x + 16), pair(w[6], w[7], x + 24))
+        return simd.add(total, simd.add(a, b))
+
+    @inline
+    def decode(p: int, lane: int, column: int) -> Any:
+        return simd.lane_f32(load16(p + column * wide), lane)
+
+    return load, dot, decode
+
+
+PIECES = {
+    "Q4_0": (load_q4_0, dot_q4_0, decode_q4_0),
+    "Q4_1": (load_q4_1, dot_minimum, decode_q4_1),
+    "Q8_0": (load_q8_0, dot_q8_0, decode_q8_0),
+    "F16": _float_pieces(simd.load_f16x16, 2),
+    "BF16": _float_pieces(simd.load_bf16x16, 2),
+    "F32": _float_pieces(simd.load_f32x16, 4),
+}
