@@ -82,12 +82,12 @@ def _compile(name: str, level: Level) -> bytes:
 
     kind, _, type_name = name.partition(":")
     if type_name:
-        make = {
+        makers: dict[str, Callable[[str], Callable[..., None]]] = {
             "linear": kernels_linear.linear,
             "fine": partial(kernels_linear.linear, fine=True),
             "embed": kernels_linear.embed,
-        }[kind]
-        return object_code(symbol(name), make(type_name), level)
+        }
+        return object_code(symbol(name), makers[kind](type_name), level)
     module = kernel_team if kind in ("lead", "follow") else kernels
     return object_code(symbol(name), getattr(module, kind), level)
 

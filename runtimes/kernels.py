@@ -153,18 +153,22 @@ def silu_mul(gate: Any, up: Any) -> Any:
 
 
 def swiglu(instruction: int, state: int, first: int, last: int, thread: int) -> None:
-    """silu(gate) * up, packed. Arguments: gate, up, stride, blocks, q8, f32.
+    """silu(gate) * up, packed. Unit: 32 columns of one token.
 
-    Unit: 32 columns of one token.
+    Arguments: gate, up, stride, blocks, q8, f32, and how many times 16 columns there are (0: all
+    that the blocks have room for). What lies behind them is another's and is taken as zeros.
     """
     gate, up, stride = argument(instruction, 0), argument(instruction, 1), argument(instruction, 2)
     blocks, q8, f32 = argument(instruction, 3), argument(instruction, 4), argument(instruction, 5)
+    vectors = argument(instruction, 6)
     n_tokens = simd.load_i64(state + abi.N_TOKENS * WORD)
     for unit in range(first, last):
         token, block = unit // blocks, unit % blocks
         at = token * stride + block * BLOCK * 4
         a = silu_mul(simd.load_f32x16(gate + at), simd.load_f32x16(up + at))
-        b = silu_mul(simd.load_f32x16(gate + at + 64), simd.load_f32x16(up + at + 64))
+        b = simd.splat_f32(float32(0.0))
+        if vectors == 0 or 2 * block + 1 < vectors:
+            b = silu_mul(simd.load_f32x16(gate + at + 64), simd.load_f32x16(up + at + 64))
         pack(a, b, block, token, n_tokens, q8, f32)
 
 
