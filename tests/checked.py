@@ -96,6 +96,7 @@ def run(
     address = kernel_cache.addresses([name], levels.LEVELS[level])[name]
     kernel = kernel_cache.function(address, 5)
     instruction = memory.new(abi.INSTRUCTION_WORDS, np.int64)
+    instruction[:] = 0  # as the lowering leaves what it does not set
     for i, argument in enumerate(arguments):
         instruction[abi.ARGS + i] = _word(argument)
     words = memory.new(abi.STATE_WORDS, np.int64)

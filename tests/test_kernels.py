@@ -142,6 +142,22 @@ def test_swiglu(level: str) -> None:
         assert np.all(error <= 6e-7 * np.abs(expected) + 1e-36)
 
 
+@pytest.mark.parametrize("level", HERE)
+def test_swiglu_takes_nothing_from_behind_its_columns(level: str) -> None:
+    """48 columns: a block and a half. Buffers end there, or NaN follows."""
+    gate = np.random.default_rng(4).standard_normal((2, 48), np.float32)
+    up = np.random.default_rng(5).standard_normal((2, 48), np.float32)
+    with arena() as memory:
+        rows = memory.new((2, 96), np.float32)  # gate, then up
+        rows[:, :48], rows[:, 48:] = gate, up
+        f32 = memory.new((8, 2, 8), np.float32)
+        at = rows.ctypes.data
+        run(memory, level, "swiglu", (at, at + 192, 384, 2, 0, f32, 3), 4, {abi.N_TOKENS: 2})
+        y = columns_of(f32)
+        assert np.allclose(y[:, :48], silu(gate) * up, rtol=1e-6)
+        assert np.all(y[:, 48:] == 0.0)
+
+
 def _exp(x: int, y: int, n: int) -> None:
     for i in range(0, n, 16):
         simd.store_f32x16(y + i * 4, kernels.exp(simd.load_f32x16(x + i * 4)))
