@@ -1,6 +1,6 @@
 """Instruction-set levels: which there are, which this machine has, and what differs between them.
 
-Kernels are the same at every level; six small functions are not, and each level defines them here
+Kernels are the same at every level; a few small functions are not, and each level defines them here
 in LLVM's own language. Integer results are bit-equal at all levels, and so are float results but
 for `generic`, which does without fused multiply-add.
 

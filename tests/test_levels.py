@@ -7,10 +7,11 @@ import pytest
 
 from edgellama import DeviceUnavailable, ParameterError
 from edgellama.runtimes import kernel_team, kernels, kernels_linear, levels
-from edgellama.runtimes.compiler import object_code
+from edgellama.runtimes.compiler import _EXTERNAL, object_code
 from edgellama.runtimes.levels import LEVELS, Level, available, choose
 
 ARM = "aarch64-unknown-linux-gnu"
+KINDS = ("Q8_0", "Q4_K", "IQ4_NL", "F16")  # each function that differs is in one of them
 INTEL = "x86_64-unknown-linux-gnu"
 TRIPLES = {"neon": (ARM,), "generic": (ARM, INTEL)}  # the others are for INTEL alone
 
@@ -76,8 +77,7 @@ def test_every_level_defines_the_same_functions(level: Level) -> None:
     module = llvm.parse_assembly(level.source)
     module.verify()
     defined = {f.name for f in module.functions if not f.is_declaration}
-    names = ("dot4", "dot4_small", "fma", "from_f16", "to_f16", "pause")
-    assert defined == {f"edgellama.{name}" for name in names}
+    assert defined == {f"edgellama.{name}" for name in _EXTERNAL}
 
 
 def undefined_symbols(code: bytes) -> set[str]:
@@ -106,7 +106,7 @@ def undefined_symbols(code: bytes) -> set[str]:
 def test_kernels_compile_and_call_nothing_outside(level: Level) -> None:
     """For every level and target, whether this machine could run it or not."""
     functions = {name: getattr(kernels, name) for name in ("norm", "swiglu", "attention")}
-    functions |= {f"linear_{kind}": kernels_linear.linear(kind) for kind in ("Q4_1", "Q8_0", "F16")}
+    functions |= {f"linear_{kind}": kernels_linear.linear(kind) for kind in KINDS}
     functions |= {"embed": kernels_linear.embed("Q4_1"), "lead": kernel_team.lead}
     if level.name in available() and level.name != "generic":
         functions = {"follow": kernel_team.follow}  # the other tests compile and run the rest
