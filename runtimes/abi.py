@@ -23,14 +23,16 @@ N_ROWS = 2  # rows of logits asked for
 START = 3  # position of the first token
 TOKENS = 4  # address of int64 ids, (n_tokens,)
 ROWS = 5  # address of int64 indices into the tokens, (n_rows,)
-KEYS = 6  # address of the session's key cache
-VALUES = 7
+CACHE = 6  # address of the session's key/value cache
+SPLITS = 7  # of the cache, up to the last token
 ANGLES = 8  # address of float32 cos and sin, (context, rope pairs, 2)
 CANCEL = 9  # address of the cancel cell
 GIVE_UP_CORE = 10  # address of a C function that lets another thread run, or 0
 SCRATCH = 11  # address of the threads' private memory
 SCRATCH_BYTES = 12  # of one thread
 THREADS = 13
+PARALLEL = 15  # splits that are units of their own: 1, or SPLITS where there is one token
+ATTENTION_UNITS = 16  # N_TOKENS * PARALLEL
 EPOCH = 14  # number of this call: guards against a thread that is late from an earlier one
 
 # Per instruction, in cache lines of their own: (epoch << 32 | next unit) and units finished.
@@ -51,5 +53,6 @@ Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = 32, 64, 72, 80
 Q8_SCALED_SUM, Q8_FINE_SUM = 88, 92
 F32_RECORD, F32_COLUMNS = 32, 8
 
-ATTENTION_BLOCK = 64  # cache positions a softmax step takes at once
+ATTENTION_BLOCK = 64  # cache positions that lie together, and that a softmax step takes at once
+ATTENTION_SPLIT = 1024  # cache positions summed by themselves
 TILE = 32  # tokens that share one reading of 16 weight rows

@@ -29,6 +29,7 @@ from edgellama.runtimes.program import (
     kernel_names,
     lower,
     products,
+    scratch_bytes,
 )
 from edgellama.runtimes.repack import padded, repack, repacked_bytes
 from edgellama.runtimes.team import Team, give_up_core
@@ -69,7 +70,7 @@ class Cpu:
             graph, self.weights.matrices, self.weights.vectors, kernels, self.cache
         )
         self.angles = Angles(graph, options.context, rope_factors(file, config))
-        self.scratch_bytes = padded((2 * config.head_dim + 512) * 4 + abi.TILE * 64, 128)
+        self.scratch_bytes = scratch_bytes(graph)
         self.scratch = aligned(self.scratch_bytes * options.threads)
         self.lock = threading.Lock()  # one program, one set of buffers: one call at a time
         self.pid, self.closed = os.getpid(), False
@@ -185,12 +186,7 @@ class CpuSession:
     def __init__(self, model: Cpu) -> None:
         self.model = model
         self.position = 0
-        shape = model.cache
-        heads = shape.n_layers * shape.n_kv_heads
-        self.keys, self.values = (
-            aligned(heads * shape.key_bytes),
-            aligned(heads * shape.value_bytes),
-        )
+        self.cache = aligned(model.cache.total_bytes)
 
     def forward(
         self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
@@ -226,7 +222,11 @@ class CpuSession:
         state[abi.ONE], state[abi.N_TOKENS], state[abi.N_ROWS] = 1, len(ids), len(rows)
         state[abi.START] = self.position
         state[abi.TOKENS], state[abi.ROWS] = ids.ctypes.data, rows.ctypes.data
-        state[abi.KEYS], state[abi.VALUES] = self.keys.ctypes.data, self.values.ctypes.data
+        state[abi.CACHE] = self.cache.ctypes.data
+        splits = -(-(self.position + len(ids)) // abi.ATTENTION_SPLIT)
+        parallel = splits if len(ids) == 1 else 1
+        state[abi.SPLITS], state[abi.PARALLEL] = splits, parallel
+        state[abi.ATTENTION_UNITS] = len(ids) * parallel
         state[abi.ANGLES] = model.angles.table.ctypes.data
         state[abi.CANCEL] = cancel.address if cancel else 0
         state[abi.GIVE_UP_CORE] = model.give_up_core
@@ -238,5 +238,4 @@ class CpuSession:
         self.position = n
 
     def close(self) -> None:
-        nothing = np.zeros(0, np.uint8)
-        self.keys, self.values = nothing, nothing
+        self.cache = np.zeros(0, np.uint8)

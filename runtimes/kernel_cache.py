@@ -33,6 +33,7 @@ _SOURCES = [  # what the machine code follows from
     "compiler",
     "kernel_team",
     "kernels",
+    "kernels_attention",
     "kernels_linear",
     "levels",
     "pieces",
@@ -77,7 +78,7 @@ def _objects(names: list[str], level: Level, progress: Progress | None) -> dict[
 
 
 def _compile(name: str, level: Level) -> bytes:
-    from edgellama.runtimes import kernel_team, kernels, kernels_linear
+    from edgellama.runtimes import kernel_team, kernels, kernels_attention, kernels_linear
     from edgellama.runtimes.compiler import object_code
 
     kind, _, type_name = name.partition(":")
@@ -88,8 +89,9 @@ def _compile(name: str, level: Level) -> bytes:
             "embed": kernels_linear.embed,
         }
         return object_code(symbol(name), makers[kind](type_name), level)
-    module = kernel_team if kind in ("lead", "follow") else kernels
-    return object_code(symbol(name), getattr(module, kind), level)
+    homes = (kernels, kernels_attention, kernel_team)
+    home = next(home for home in homes if hasattr(home, kind))
+    return object_code(symbol(name), getattr(home, kind), level)
 
 
 def symbol(name: str) -> str:

@@ -42,7 +42,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """How keys and values lie in a session's cache; see `kernels.rope`."""
+    """How keys and values lie in a session's cache; see `kernels_attention.py`."""
 
     n_layers: int
     n_kv_heads: int
@@ -51,21 +51,22 @@ class CacheShape:
     half: bool
 
     @property
-    def positions(self) -> int:
-        return padded(self.context, abi.ATTENTION_BLOCK)
+    def layer_bytes(self) -> int:
+        """Of one layer in one block."""
+        columns = self.head_dim + padded(self.head_dim, abi.LANES)
+        return self.n_kv_heads * columns * abi.ATTENTION_BLOCK * (2 if self.half else 4)
 
     @property
-    def key_bytes(self) -> int:
-        """Of one head's keys in one layer."""
-        return self.positions * self.head_dim * (2 if self.half else 4)
-
-    @property
-    def value_bytes(self) -> int:
-        return self.positions * padded(self.head_dim, abi.LANES) * (2 if self.half else 4)
+    def block_bytes(self) -> int:
+        return self.n_layers * self.layer_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.n_layers * self.n_kv_heads * (self.key_bytes + self.value_bytes)
+        return padded(self.context, abi.ATTENTION_BLOCK) // abi.ATTENTION_BLOCK * self.block_bytes
+
+    @property
+    def most_splits(self) -> int:
+        return -(-self.context // abi.ATTENTION_SPLIT)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,19 @@ class Program:
         return sum(b.nbytes for b in self.buffers) + self.words.nbytes + self.counters.nbytes
 
 
+def part_bytes(head_dim: int) -> int:
+    """Of what attention sums up for one query; see `kernels_attention.attend_block`."""
+    return padded(head_dim, abi.LANES) * 4 + 128
+
+
+def scratch_bytes(graph: Graph) -> int:
+    """Private memory that a thread's kernels need."""
+    config = graph.config
+    group = config.n_heads // config.n_kv_heads
+    queries = group * (config.head_dim * 4 + part_bytes(config.head_dim))
+    return padded(max(abi.ATTENTION_BLOCK * 4 + queries, abi.TILE * 64), 128)
+
+
 def aligned(n_bytes: int) -> NDArray[np.uint8]:
     """Zeroed memory that begins on a cache line; pages are touched when first written."""
     room = np.zeros(n_bytes + 64, np.uint8)
@@ -108,7 +122,17 @@ def products(graph: Graph) -> list[tuple[Node, ...]]:
 
 def kernel_names(graph: Graph, types: dict[str, str]) -> list[str]:
     """The kernels that a graph needs, given its weights' types."""
-    names = ["lead", "follow", "norm", "pack_rows", "swiglu", "select", "rope", "attention"]
+    names = [
+        "lead",
+        "follow",
+        "norm",
+        "pack_rows",
+        "swiglu",
+        "select",
+        "rope",
+        "attention",
+        "merge",
+    ]
     names += product_kernels(graph, types).values()
     names += [f"embed:{types[n.weight]}" for n in graph.nodes if n.op == "embed" and n.weight]
     return list(dict.fromkeys(names))
@@ -320,47 +344,44 @@ class _Lowering:
         config, cache = self.graph.config, self.cache
         assert node.layer is not None
         q, k, v = (self.places[name] for name in node.inputs)
-        layer = node.layer * config.n_kv_heads
-        where = (layer * cache.key_bytes, layer * cache.value_bytes)
-        heads = (cache.key_bytes, cache.value_bytes)
-        half = int(cache.half)
+        where = (int(cache.half), node.layer * cache.layer_bytes, cache.block_bytes)
+        heads = (config.n_heads, config.n_kv_heads, config.head_dim)
         self._emit(
             "rope",
             config.n_heads + config.n_kv_heads,
             abi.N_TOKENS,
-            q.address,
-            k.address,
-            v.address,
-            q.stride,
-            config.n_heads,
+            *(q.address, k.address, v.address, q.stride),
+            *(*heads, config.rope.dim // 2, *where),
+        )
+        parts = self._parts()
+        self._emit(
+            "attention",
             config.n_kv_heads,
-            config.head_dim,
-            config.rope.dim // 2,
-            half,
-            *where,
-            *heads,
+            abi.ATTENTION_UNITS,
+            *(q.address, q.stride, parts.address, parts.stride),
+            *(config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim, *where),
+            _bits(config.head_dim**-0.5),
+            config.sliding_window or 0,
         )
         out = self._rows("attention", config.q_dim)
         self._emit(
-            "attention",
+            "merge",
             config.n_heads,
             abi.N_TOKENS,
-            q.address,
-            q.stride,
-            out.address,
-            out.stride,
-            config.n_heads,
-            config.n_heads // config.n_kv_heads,
-            config.head_dim,
-            half,
-            *where,
-            *heads,
-            _bits(config.head_dim**-0.5),
-            config.sliding_window or 0,
+            *(parts.address, parts.stride, out.address, out.stride),
+            *(config.n_heads, config.head_dim),
         )
         blocks = padded(config.q_dim, abi.BLOCK) // abi.BLOCK
         packed = self._packed(node.output)
         self._emit("pack_rows", 1, abi.N_TOKENS, out.address, out.stride, blocks, *packed)
+
+    def _parts(self) -> Place:
+        """Sums of attention: of every token, or of every split of the cache for a single one."""
+        stride = part_bytes(self.graph.config.head_dim)
+        if ("parts", stride) not in self.rooms:
+            count = max(CHUNK, self.cache.most_splits) * self.graph.config.n_heads
+            self.rooms["parts", stride] = Place(self._room(count * stride), stride)
+        return self.rooms["parts", stride]
 
     def swiglu(self, node: Node) -> None:
         gate, up = (self.places[name] for name in node.inputs)

@@ -10,6 +10,7 @@ import pytest
 from checked import GUARD, HERE, Arena, Array, arena, compiled, linear, quantized, read_q8, run
 
 from edgellama.runtimes import abi, kernels, simd
+from edgellama.runtimes.program import part_bytes
 from edgellama.runtimes.repack import padded
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
@@ -208,17 +209,28 @@ class Heads:
         self.k = rng.standard_normal((n, kv_heads, head_dim), np.float32)
         self.v = rng.standard_normal((n, kv_heads, head_dim), np.float32)
         positions = padded(n, abi.ATTENTION_BLOCK)
-        self.keys = memory.new((kv_heads, positions // 16, head_dim, 16), dtype)
-        self.values = memory.new((kv_heads, positions, padded(head_dim, 16)), dtype)
+        width = padded(head_dim, 16)
+        self.cache = memory.new((positions // 64, kv_heads * 64 * (head_dim + width)), dtype)
+        keys, values = np.split(self.cache, [kv_heads * 64 * head_dim], axis=1)
+        self.keys = keys.reshape(-1, kv_heads, 4, head_dim, 16)
+        self.values = values.reshape(-1, kv_heads, 64, width)
         theta = np.arange(positions)[:, None] * 0.7 ** np.arange(self.pairs)
         self.angles = np.stack([np.cos(theta), np.sin(theta)], axis=-1).astype(np.float32)
 
-    def shape(self) -> tuple[int, ...]:
-        per_head = (self.keys[0].nbytes, self.values[0].nbytes)
-        return (self.half, 0, 0, *per_head)
+    def where(self) -> tuple[int, ...]:
+        return self.half, 0, self.cache[0].nbytes
+
+    def stored_keys(self) -> Array:
+        """(positions, n_kv_heads, head_dim)"""
+        return self.keys.transpose(0, 2, 4, 1, 3).reshape(-1, self.kv_heads, self.head_dim)
+
+    def stored_values(self) -> Array:
+        """(positions, n_kv_heads, head_dim)"""
+        values = self.values.transpose(0, 2, 1, 3)
+        return values.reshape(-1, *values.shape[2:])[..., : self.head_dim]
 
     def state(self, start: int, scratch: Array | int = 0) -> dict[int, int | Array]:
-        state: dict[int, int | Array] = {abi.KEYS: self.keys, abi.VALUES: self.values}
+        state: dict[int, int | Array] = {abi.CACHE: self.cache}
         state |= {abi.ANGLES: self.memory.copy(self.angles), abi.START: start}
         size = scratch.nbytes // 2 if isinstance(scratch, np.ndarray) else 0
         return state | {abi.SCRATCH: scratch, abi.SCRATCH_BYTES: size}
@@ -235,38 +247,47 @@ class Heads:
             self.memory,
             level,
             "rope",
-            (*at, *numbers, *self.shape()),
+            (*at, *numbers, *self.where()),
             units,
             self.state(start),
             cuts=[units // 3],
         )
         return np.ascontiguousarray(wide[:, : widths[1]]).reshape(stop - start, self.heads, -1)
 
-    def attend(self, level: str, q: Array, start: int, window: int = 0) -> Array:
-        n = len(q)
+    def attend(
+        self, level: str, q: Array, start: int, window: int = 0, *, parallel: bool = False
+    ) -> Array:
+        """Through the kernels; parallel: each split of the cache is a unit of its own."""
+        n, group = len(q), self.heads // self.kv_heads
         source = self.memory.copy(np.ascontiguousarray(q, np.float32))
         out = self.memory.new(q.shape, np.float32)
         stride = self.heads * self.head_dim * 4
-        scratch = self.memory.new((2, (64 + 2 * self.head_dim + 31) * 4 // 64 * 64 + 64))
-        numbers = (self.heads, self.heads // self.kv_heads, self.head_dim)
-        arguments = (source, stride, out, stride, *numbers, *self.shape())
-        arguments = (*arguments, self.head_dim**-0.5, window)
-        units = n * self.heads
-        state = self.state(start, scratch)
+        size = part_bytes(self.head_dim)
+        splits = -(-(start + n) // abi.ATTENTION_SPLIT)
+        parallel_splits = splits if parallel else 1
+        parts = self.memory.new(n * self.heads * parallel_splits * size)
+        needed = abi.ATTENTION_BLOCK * 4 + group * (self.head_dim * 4 + size)
+        state = self.state(start, self.memory.new((2, padded(needed, 64))))
+        state |= {abi.SPLITS: splits, abi.PARALLEL: parallel_splits}
+        numbers = (self.kv_heads, group, self.head_dim, *self.where())
+        arguments = (source, stride, parts, size, *numbers, self.head_dim**-0.5, window)
+        units = n * self.kv_heads * parallel_splits
         run(self.memory, level, "attention", arguments, units, state, cuts=[units // 2])
+        arguments = (parts, size, out, stride, self.heads, self.head_dim)
+        run(self.memory, level, "merge", arguments, n * self.heads, state, cuts=[1])
         return out
 
     def attention(self, q: Array, start: int, window: int = 0) -> tuple[Array, Array]:
         """The slow twin of `attend` on what the cache holds, and the sums of |terms|."""
-        keys = self.keys.transpose(0, 1, 3, 2).reshape(self.kv_heads, -1, self.head_dim)
+        keys, values = self.stored_keys(), self.stored_values()
         result, size = np.empty(q.shape), np.empty(q.shape)
         for token in range(len(q)):
             high = start + token + 1
             low = max(0, high - window) if window else 0
             for head in range(self.heads):
                 at = head // (self.heads // self.kv_heads)
-                k = keys[at, low:high].astype(np.float64)
-                v = self.values[at, low:high, : self.head_dim].astype(np.float64)
+                k = keys[low:high, at].astype(np.float64)
+                v = values[low:high, at].astype(np.float64)
                 scores = k @ q[token, head].astype(np.float64) / np.sqrt(self.head_dim)
                 weights = np.exp(scores - scores.max())
                 weights /= weights.sum()
@@ -295,11 +316,10 @@ def test_rope_turns_and_stores(level: str, dtype: type, head_dim: int, pairs: in
         q = heads.store(level, start, n)
         expected = turned(heads.q[start:], heads.angles, start, pairs)
         assert np.array_equal(bits(q), bits(expected))
-        keys = heads.keys.transpose(1, 3, 0, 2).reshape(-1, 2, head_dim)
+        keys, values = heads.stored_keys(), heads.stored_values()
         turned_keys = turned(heads.k[start:], heads.angles, start, pairs).astype(dtype)
         assert np.array_equal(keys[start:n], turned_keys)
-        values = heads.values.transpose(1, 0, 2)
-        assert np.array_equal(values[start:n, :, :head_dim], heads.v[start:].astype(dtype))
+        assert np.array_equal(values[start:n], heads.v[start:].astype(dtype))
         for cache in (keys, values):
             assert np.all(np.isnan(cache[:start])) and np.all(np.isnan(cache[n:]))
 
@@ -335,6 +355,25 @@ def test_attention(level: str, dtype: type, head_dim: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("window", [0, 500])
+def test_attention_over_several_splits_of_the_cache(level: str, window: int) -> None:
+    """Whoever sums a split, and wherever a call begins, the bits are the same."""
+    n = 2 * abi.ATTENTION_SPLIT + 70
+    with arena() as memory:
+        heads = Heads(memory, n, 4, 2, 16, np.float16)
+        q = heads.store(level, 0, n)
+        for first in (abi.ATTENTION_SPLIT - 1, 2 * abi.ATTENTION_SPLIT - 1, n - 2):
+            two = heads.attend(level, q[first : first + 2], first, window)
+            expected, size = heads.attention(q[first : first + 2], first, window)
+            assert np.all(np.abs(two - expected) <= 2e-6 * size)
+            for i in range(2):
+                one = q[first + i : first + i + 1]
+                for parallel in (False, True):
+                    alone = heads.attend(level, one, first + i, window, parallel=parallel)
+                    assert np.array_equal(bits(alone[0]), bits(two[i]))
+
+
+@pytest.mark.parametrize("level", HERE)
 def test_attention_to_scores_of_any_size(level: str) -> None:
     with arena() as memory:
         heads = Heads(memory, 130, 2, 1, 32, np.float32)
@@ -351,7 +390,7 @@ def test_attention_loses_no_nan_that_it_sees(level: str) -> None:
     with arena() as memory:
         heads = Heads(memory, 70, 1, 1, 16, np.float16)
         q = heads.store(level, 0, 70)
-        for cache in (heads.keys[0, 1, :, 3], heads.values[0, 19]):
+        for cache in (heads.keys[0, 0, 1, :, 3], heads.values[0, 0, 19]):
             before = cache.copy()
             cache[:] = NAN
             assert np.all(np.isnan(heads.attend(level, q[-1:], 69)))
