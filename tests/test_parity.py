@@ -18,7 +18,7 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 import edgellama
 from edgellama.config import ModelConfig, Rope
-from edgellama.ggml import FLOATS, RUNNABLE
+from edgellama.ggml import BY_NAME, FLOATS, RUNNABLE
 from edgellama.gguf import open_gguf
 from edgellama.graph import Node, decoder
 from edgellama.rope import llama3_factors
@@ -28,7 +28,6 @@ from edgellama.runtimes.program import product_kernels
 from edgellama.runtimes.reference import Array, Reference, ReferenceSession
 from edgellama.weights import model_config
 
-WRITTEN = ("F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1")  # that the gguf package can write
 Made = Callable[[str, str], Path]
 EXACT = 1e-12  # normalized mean square error of float32 arithmetic; measured: up to 3.4e-13
 HALF_CACHE = 1e-6  # of keys and values in half precision; measured: up to 1.6e-7
@@ -48,6 +47,9 @@ CONFIGS: dict[str, ModelConfig] = {
     "odd_heads": tiny_config(
         dim=96, n_heads=4, n_kv_heads=1, head_dim=20, ffn_dim=160, rope=Rope(20), vocab_size=261
     ),
+    "wide": tiny_config(
+        dim=256, n_heads=4, n_kv_heads=1, head_dim=64, ffn_dim=256, n_layers=1, rope=Rope(64)
+    ),
     "partial_rope": tiny_config(rope=Rope(8)),
     "tied": tiny_config(tied_output=True, vocab_size=291),
     "narrow_ffn": tiny_config(ffn_dim=160, dim=96, n_heads=6, n_kv_heads=3),
@@ -62,8 +64,10 @@ MIXED = {"blk.0.attn_k": "Q8_0", "blk.0": "Q4_1", "blk.1.ffn_up": "F16", "blk.1"
 MIXED |= {"token_embd": "Q8_0", "output.weight": "BF16"}
 CASES = [(name, kind) for name in CONFIGS for kind in ("F32", "Q4_1")]
 CASES.remove(("odd_dims", "Q4_1"))  # its rows are no multiple of a block
-CASES += [("gqa", kind) for kind in RUNNABLE if kind in WRITTEN]
+CASES += [("gqa", kind) for kind in RUNNABLE if BY_NAME[kind].block <= 32]
+CASES += [("wide", kind) for kind in RUNNABLE if BY_NAME[kind].block > 32]
 CASES += [("odd_dims", "F16"), ("odd_dims", "BF16"), ("gqa", "mixed"), ("window", "mixed")]
+CASES = list(dict.fromkeys(CASES))
 
 
 def ids(config: ModelConfig, n: int = N, seed: int = 11) -> list[int]:
@@ -172,7 +176,13 @@ def test_every_runtime_against_plain_float64(tiny_model: Made, name: str, kind: 
 
 # --- against itself ------------------------------------------------------------------------------
 
-BITWISE = [("gqa", "Q4_1"), ("odd_dims", "F16"), ("window", "mixed"), ("odd_heads", "Q4_1")]
+BITWISE = [
+    ("gqa", "Q4_1"),
+    ("odd_dims", "F16"),
+    ("window", "mixed"),
+    ("odd_heads", "Q4_1"),
+    ("wide", "Q4_K"),
+]
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
