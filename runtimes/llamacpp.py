@@ -69,7 +69,9 @@ class LlamaCpp:
         report = self._progress_callback(params)
         pointer = self.api.llama_model_load_from_file(os.fsencode(file.path), params)
         del report
-        if self.options.cancel:
+        if self.options.cancel and self.options.cancel.cancelled:
+            if pointer:  # too late to stop it
+                self.api.llama_model_free(pointer)
             self.options.cancel.check("load")
         if not pointer:
             raise UnsupportedModelError(

@@ -104,6 +104,13 @@ def test_cancelled_in_the_middle(default_model: Path) -> None:
         assert np.isfinite(session.forward([1, 2, 3])).all()
 
 
+def test_cancelled_load(path: Path) -> None:
+    token = edgellama.CancelToken()
+    token.cancel()
+    with pytest.raises(edgellama.Cancelled):
+        edgellama.load(path, runtime="llama.cpp", cancel=token)
+
+
 def test_says_nothing_to_the_host(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with edgellama.load(path, runtime="llama.cpp") as model:
         model.session().forward([1, 2, 3])
