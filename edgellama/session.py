@@ -28,6 +28,7 @@ class Session:
         self._model, self._runtime_session = model, runtime_session
         self._lock = threading.RLock()
         self._ids: list[int] = []
+        self._closed = False
 
     @property
     def position(self) -> int:
@@ -61,8 +62,8 @@ class Session:
             return logits
 
     def _open(self) -> RuntimeSession:
-        if self._model._runtime is None:
-            raise ParameterError("the model is closed")
+        if self._closed or self._model._runtime is None:
+            raise ParameterError(f"the {'session' if self._closed else 'model'} is closed")
         if os.getpid() != self._model._pid:
             raise ForkedProcess("the model was loaded before this process forked; load it here")
         return self._runtime_session
@@ -134,7 +135,8 @@ class Session:
         return shared
 
     def close(self) -> None:
-        """Free the cache."""
+        """Free the cache; calling it twice is harmless."""
         with self._lock:
+            self._closed = True
             self._runtime_session.close()
             self._ids = []

@@ -20,6 +20,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+import edgellama
+from edgellama import ggml
 from edgellama.errors import OutputError
 from edgellama.output import atomic_output
 from edgellama.paths import cache_dir
@@ -35,11 +37,14 @@ _SOURCES = [  # what the machine code follows from
     "kernels",
     "kernels_attention",
     "kernels_linear",
+    "level_sources",
     "levels",
+    "memory",
     "pieces",
     "pieces_quants",
     "repack",
     "simd",
+    "vectors",
 ]
 
 _lock = threading.Lock()
@@ -118,9 +123,13 @@ def _load(objects: dict[str, bytes], level: Level) -> None:
 @cache
 def _fingerprint() -> str:
     """Changes whenever a kernel or what compiles it does."""
-    digest = hashlib.sha256(f"{llvmlite.__version__} {llvm.get_default_triple()}".encode())
+    facts = (llvmlite.__version__, llvm.get_default_triple(), edgellama.__version__, ggml.IQ4_NL)
+    digest = hashlib.sha256(repr(facts).encode())
     for name in _SOURCES:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        try:
+            digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        except OSError:  # a frozen app without sources: its version has to do
+            digest.update(b"?")
     return digest.hexdigest()[:16]
 
 

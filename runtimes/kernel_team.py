@@ -12,7 +12,7 @@ from typing import Any
 
 from numba import int64
 
-from edgellama.runtimes import abi, simd
+from edgellama.runtimes import abi, memory
 from edgellama.runtimes.compiler import inline
 
 WORD = abi.WORD
@@ -23,35 +23,32 @@ SHARES = 4  # pieces that each thread's part of an instruction is cut into
 
 @inline
 def units_of(instruction: int, state: int) -> Any:
-    units = simd.load_i64(instruction + abi.UNITS * WORD)
-    return units * simd.load_i64(state + simd.load_i64(instruction + abi.TIMES * WORD) * WORD)
+    units = memory.load_i64(instruction + abi.UNITS * WORD)
+    return units * memory.load_i64(state + memory.load_i64(instruction + abi.TIMES * WORD) * WORD)
 
 
 @inline
-def reset(counters: int, n_instructions: int, epoch: int) -> None:
-    """Open every instruction for this epoch, and close it to threads of an earlier one."""
-    for i in range(n_instructions):
-        simd.atomic_store(counters + i * abi.COUNTER_BYTES + abi.DONE, epoch << 32)
-    for i in range(n_instructions):
-        simd.atomic_store(counters + i * abi.COUNTER_BYTES, epoch << 32)
+def cancelled(state: int) -> Any:
+    cell = memory.load_i64(state + abi.CANCEL * WORD)
+    return cell != 0 and memory.atomic_load(cell) != 0
 
 
 @inline
 def work(instruction: int, claim: int, units: int, epoch: int, state: int, thread: int) -> bool:
-    """Claim and do units until none is left; False if the epoch is over."""
-    grain = max(int64(1), units // (SHARES * simd.load_i64(state + abi.THREADS * WORD)))
-    function = simd.load_i64(instruction + abi.FUNCTION * WORD)
+    """Claim and do units until none is left; False if the epoch is over or cancelled."""
+    grain = max(int64(1), units // (SHARES * memory.load_i64(state + abi.THREADS * WORD)))
+    function = memory.load_i64(instruction + abi.FUNCTION * WORD)
     while True:
-        seen = simd.atomic_load(claim)
-        if seen >> 32 != epoch:
+        seen = memory.atomic_load(claim)
+        if seen >> 32 != epoch or cancelled(state):
             return False
         first = seen & UNIT_MASK
         if first >= units:
             return True
         last = min(first + grain, units)
-        if simd.atomic_claim(claim, seen, (epoch << 32) | last) != 0:
-            simd.call_kernel(function, instruction, state, first, last, thread)
-            simd.atomic_add(claim + abi.DONE, last - first)
+        if memory.atomic_claim(claim, seen, (epoch << 32) | last) != 0:
+            memory.call_kernel(function, instruction, state, first, last, thread)
+            memory.atomic_add(claim + abi.DONE, last - first)
 
 
 @inline
@@ -59,17 +56,17 @@ def wait(claim: int, units: int, epoch: int, state: int) -> bool:
     """Until all units of an instruction are done; False if the epoch is over."""
     spins = 0
     while True:
-        done = simd.atomic_load(claim + abi.DONE)
+        done = memory.atomic_load(claim + abi.DONE)
         if done >> 32 != epoch:
             return False
         if done & UNIT_MASK >= units:
             return True
         spins += 1
-        simd.pause()
+        memory.pause()
         if spins > SPINS:
-            give_up = simd.load_i64(state + abi.GIVE_UP_CORE * WORD)
+            give_up = memory.load_i64(state + abi.GIVE_UP_CORE * WORD)
             if give_up != 0:
-                simd.call_plain(give_up)
+                memory.call_plain(give_up)
 
 
 @inline
@@ -77,27 +74,24 @@ def close(counters: int, first: int, n_instructions: int, epoch: int) -> None:
     """Stop the epoch from instruction `first` on: no new claims, and none left unfinished."""
     for i in range(first, n_instructions):
         claim = counters + i * abi.COUNTER_BYTES
-        claimed = simd.atomic_exchange(claim, int64(-1)) & UNIT_MASK
-        while simd.atomic_load(claim + abi.DONE) & UNIT_MASK < claimed:
-            simd.pause()
+        claimed = memory.atomic_exchange(claim, int64(-1)) & UNIT_MASK
+        while memory.atomic_load(claim + abi.DONE) & UNIT_MASK < claimed:
+            memory.pause()
 
 
 def lead(program: int, counters: int, n_instructions: int, state: int) -> None:
-    """Run the program as thread 0, which opens and ends the epoch.
+    """Run the program as thread 0, which ends the epoch; `team.py` has opened it.
 
-    The state's EPOCH must be new. If the cancel cell is set on the way, the rest is left undone.
+    If the cancel cell is set on the way, the rest is left undone.
     """
-    epoch = simd.load_i64(state + abi.EPOCH * WORD)
-    cancel = simd.load_i64(state + abi.CANCEL * WORD)
-    reset(counters, n_instructions, epoch)
+    epoch = memory.load_i64(state + abi.EPOCH * WORD)
     for i in range(n_instructions):
         instruction = program + i * abi.INSTRUCTION_WORDS * WORD
         claim = counters + i * abi.COUNTER_BYTES
-        if cancel != 0 and simd.atomic_load(cancel) != 0:
+        units = units_of(instruction, state)
+        if not work(instruction, claim, units, epoch, state, int64(0)):
             close(counters, i, n_instructions, epoch)
             return
-        units = units_of(instruction, state)
-        work(instruction, claim, units, epoch, state, int64(0))
         wait(claim, units, epoch, state)
 
 

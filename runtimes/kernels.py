@@ -12,7 +12,7 @@ from typing import Any
 
 from numba import float32, int32
 
-from edgellama.runtimes import abi, simd
+from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 
 WORD, ARGS = abi.WORD, abi.ARGS
@@ -23,7 +23,7 @@ KEYS_AT_ONCE = abi.ATTENTION_BLOCK
 @inline
 def argument(instruction: int, index: int) -> Any:
     """Word `index` of the kernel's own arguments."""
-    return simd.load_i64(instruction + (ARGS + index) * WORD)
+    return memory.load_i64(instruction + (ARGS + index) * WORD)
 
 
 @inline
@@ -70,12 +70,12 @@ def pack_q8_half(x: Any, record: int, half: int) -> Any:
     both = simd.round_i32(simd.mul(x, simd.splat_f32(inverse)))
     high = simd.shift_right(simd.add(both, simd.splat_i32(int32(64))), 7)
     low = simd.sub(both, simd.shift_left(high, 7))  # -64..63
-    simd.store_as_i8x16(record + half * LANES, high)
-    simd.store_as_i8x16(record + abi.Q8_LOW + half * LANES, low)
+    memory.store_as_i8x16(record + half * LANES, high)
+    memory.store_as_i8x16(record + abi.Q8_LOW + half * LANES, low)
     high_sum, low_sum = simd.sum_i32(high), simd.sum_i32(low)
-    simd.store_f32(record + abi.Q8_SCALES + half * 4, scale)
-    simd.store_i32(record + abi.Q8_SUMS + half * 4, high_sum)
-    simd.store_i32(record + abi.Q8_LOW_SUMS + half * 4, low_sum)
+    memory.store_f32(record + abi.Q8_SCALES + half * 4, scale)
+    memory.store_i32(record + abi.Q8_SUMS + half * 4, high_sum)
+    memory.store_i32(record + abi.Q8_LOW_SUMS + half * 4, low_sum)
     coarse = scale * float32(high_sum)
     return coarse, coarse + scale * float32(low_sum) * float32(1.0 / 128.0)
 
@@ -85,8 +85,8 @@ def pack_q8(a: Any, b: Any, record: int) -> None:
     """32 columns as one record for integer products."""
     first, first_fine = pack_q8_half(a, record, 0)
     second, second_fine = pack_q8_half(b, record, 1)
-    simd.store_f32(record + abi.Q8_SCALED_SUM, first + second)
-    simd.store_f32(record + abi.Q8_FINE_SUM, first_fine + second_fine)
+    memory.store_f32(record + abi.Q8_SCALED_SUM, first + second)
+    memory.store_f32(record + abi.Q8_FINE_SUM, first_fine + second_fine)
 
 
 @inline
@@ -97,10 +97,10 @@ def pack(a: Any, b: Any, block: int, token: int, n_tokens: int, q8: int, f32: in
     if f32 != 0:
         step = n_tokens * abi.F32_RECORD
         record = f32 + 4 * block * step + token * abi.F32_RECORD
-        simd.store_low8(record, a)
-        simd.store_high8(record + step, a)
-        simd.store_low8(record + 2 * step, b)
-        simd.store_high8(record + 3 * step, b)
+        memory.store_low8(record, a)
+        memory.store_high8(record + step, a)
+        memory.store_low8(record + 2 * step, b)
+        memory.store_high8(record + 3 * step, b)
 
 
 def pack_rows(instruction: int, state: int, first: int, last: int, thread: int) -> None:
@@ -111,11 +111,11 @@ def pack_rows(instruction: int, state: int, first: int, last: int, thread: int) 
         argument(instruction, 3),
         argument(instruction, 4),
     )
-    n_tokens = simd.load_i64(state + abi.N_TOKENS * WORD)
+    n_tokens = memory.load_i64(state + abi.N_TOKENS * WORD)
     for token in range(first, last):
         for block in range(blocks):
             x = rows + token * stride + block * BLOCK * 4
-            pack(simd.load_f32x16(x), simd.load_f32x16(x + 64), block, token, n_tokens, q8, f32)
+            pack(memory.load_f32x16(x), memory.load_f32x16(x + 64), block, token, n_tokens, q8, f32)
 
 
 def norm(instruction: int, state: int, first: int, last: int, thread: int) -> None:
@@ -127,20 +127,20 @@ def norm(instruction: int, state: int, first: int, last: int, thread: int) -> No
     rows, stride = argument(instruction, 0), argument(instruction, 1)
     blocks, q8, f32 = argument(instruction, 2), argument(instruction, 3), argument(instruction, 4)
     weight = argument(instruction, 5)
-    eps = simd.load_f64(instruction + (ARGS + 6) * WORD)
-    share = simd.load_f64(instruction + (ARGS + 7) * WORD)
-    n_tokens = simd.load_i64(state + argument(instruction, 8) * WORD)
+    eps = memory.load_f64(instruction + (ARGS + 6) * WORD)
+    share = memory.load_f64(instruction + (ARGS + 7) * WORD)
+    n_tokens = memory.load_i64(state + argument(instruction, 8) * WORD)
     for token in range(first, last):
         x = rows + token * stride
         total = simd.widen(simd.splat_f32(float32(0.0)))
         for i in range(2 * blocks):
-            wide = simd.widen(simd.load_f32x16(x + i * 64))
+            wide = simd.widen(memory.load_f32x16(x + i * 64))
             total = simd.add(total, simd.mul(wide, wide))
         scale = simd.splat_f32(float32(1.0 / simd.sqrt_f64(simd.sum_f64(total) * share + eps)))
         for block in range(blocks):
             p, w = x + block * BLOCK * 4, weight + block * BLOCK * 4
-            a = simd.mul(simd.mul(simd.load_f32x16(p), scale), simd.load_f32x16(w))
-            b = simd.mul(simd.mul(simd.load_f32x16(p + 64), scale), simd.load_f32x16(w + 64))
+            a = simd.mul(simd.mul(memory.load_f32x16(p), scale), memory.load_f32x16(w))
+            b = simd.mul(simd.mul(memory.load_f32x16(p + 64), scale), memory.load_f32x16(w + 64))
             pack(a, b, block, token, n_tokens, q8, f32)
 
 
@@ -161,14 +161,14 @@ def swiglu(instruction: int, state: int, first: int, last: int, thread: int) -> 
     gate, up, stride = argument(instruction, 0), argument(instruction, 1), argument(instruction, 2)
     blocks, q8, f32 = argument(instruction, 3), argument(instruction, 4), argument(instruction, 5)
     vectors = argument(instruction, 6)
-    n_tokens = simd.load_i64(state + abi.N_TOKENS * WORD)
+    n_tokens = memory.load_i64(state + abi.N_TOKENS * WORD)
     for unit in range(first, last):
         token, block = unit // blocks, unit % blocks
         at = token * stride + block * BLOCK * 4
-        a = silu_mul(simd.load_f32x16(gate + at), simd.load_f32x16(up + at))
+        a = silu_mul(memory.load_f32x16(gate + at), memory.load_f32x16(up + at))
         b = simd.splat_f32(float32(0.0))
         if vectors == 0 or 2 * block + 1 < vectors:
-            b = silu_mul(simd.load_f32x16(gate + at + 64), simd.load_f32x16(up + at + 64))
+            b = silu_mul(memory.load_f32x16(gate + at + 64), memory.load_f32x16(up + at + 64))
         pack(a, b, block, token, n_tokens, q8, f32)
 
 
@@ -179,8 +179,8 @@ def select(instruction: int, state: int, first: int, last: int, thread: int) -> 
         argument(instruction, 1),
         argument(instruction, 2),
     )
-    rows = simd.load_i64(state + abi.ROWS * WORD)
+    rows = memory.load_i64(state + abi.ROWS * WORD)
     for row in range(first, last):
-        x = source + simd.load_i64(rows + row * WORD) * stride
+        x = source + memory.load_i64(rows + row * WORD) * stride
         for at in range(0, stride, 64):
-            simd.store_f32x16(target + row * stride + at, simd.load_f32x16(x + at))
+            memory.store_f32x16(target + row * stride + at, memory.load_f32x16(x + at))

@@ -11,7 +11,7 @@ from typing import Any
 
 from numba import float32, int32, int64
 
-from edgellama.runtimes import abi, simd
+from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.kernels import argument, exp
 
@@ -32,10 +32,10 @@ def padded_head(head_dim: int) -> Any:
 def rotate(x: int, angles: int, pairs: int) -> None:
     """Turn `pairs` neighbouring pairs of float32 at x, in place."""
     for i in range(pairs):
-        cos, sin = simd.load_f32(angles + i * 8), simd.load_f32(angles + i * 8 + 4)
-        a, b = simd.load_f32(x + i * 8), simd.load_f32(x + i * 8 + 4)
-        simd.store_f32(x + i * 8, a * cos - b * sin)
-        simd.store_f32(x + i * 8 + 4, a * sin + b * cos)
+        cos, sin = memory.load_f32(angles + i * 8), memory.load_f32(angles + i * 8 + 4)
+        a, b = memory.load_f32(x + i * 8), memory.load_f32(x + i * 8 + 4)
+        memory.store_f32(x + i * 8, a * cos - b * sin)
+        memory.store_f32(x + i * 8 + 4, a * sin + b * cos)
 
 
 def rope(instruction: int, state: int, first: int, last: int, thread: int) -> None:
@@ -48,10 +48,10 @@ def rope(instruction: int, state: int, first: int, last: int, thread: int) -> No
     stride, n_heads = argument(instruction, 3), argument(instruction, 4)
     n_kv_heads, head_dim = argument(instruction, 5), argument(instruction, 6)
     pairs, half = argument(instruction, 7), argument(instruction, 8)
-    cache = simd.load_i64(state + abi.CACHE * WORD) + argument(instruction, 9)
+    cache = memory.load_i64(state + abi.CACHE * WORD) + argument(instruction, 9)
     block_bytes = argument(instruction, 10)
-    angles = simd.load_i64(state + abi.ANGLES * WORD)
-    start = simd.load_i64(state + abi.START * WORD)
+    angles = memory.load_i64(state + abi.ANGLES * WORD)
+    start = memory.load_i64(state + abi.START * WORD)
     per_token = n_heads + n_kv_heads
     size = 4 - 2 * half
     for unit in range(first, last):
@@ -76,7 +76,7 @@ def store_key(x: int, keys: int, position: int, head_dim: int, half: int) -> Non
     """One key: a column of its 16 positions."""
     at = position // LANES * head_dim * LANES + position % LANES
     for i in range(head_dim):
-        store_cached(keys, at + i * LANES, simd.load_f32(x + i * 4), half)
+        store_cached(keys, at + i * LANES, memory.load_f32(x + i * 4), half)
 
 
 @inline
@@ -84,15 +84,15 @@ def store_value(x: int, values: int, position: int, head_dim: int, half: int) ->
     """One value: a row of its own; the padding behind it holds zeros from the start."""
     at = position * padded_head(head_dim)
     for i in range(head_dim):
-        store_cached(values, at + i, simd.load_f32(x + i * 4), half)
+        store_cached(values, at + i, memory.load_f32(x + i * 4), half)
 
 
 @inline
 def store_cached(base: int, index: int, value: Any, half: int) -> None:
     if half != 0:
-        simd.store_f16(base + index * 2, value)
+        memory.store_f16(base + index * 2, value)
     else:
-        simd.store_f32(base + index * 4, value)
+        memory.store_f32(base + index * 4, value)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def store_cached(base: int, index: int, value: Any, half: int) -> None:
 def load_cached(address: int, half: int) -> Any:
     """Sixteen cached numbers as float32."""
     if half != 0:
-        return simd.load_f16x16(address)
-    return simd.load_f32x16(address)
+        return memory.load_f16x16(address)
+    return memory.load_f32x16(address)
 
 
 @inline
@@ -113,7 +113,7 @@ def score16(query: int, keys: int, head_dim: int, half: int) -> Any:
     total = simd.splat_f32(float32(0.0))
     for i in range(head_dim):
         key = load_cached(keys + i * LANES * size, half)
-        total = simd.fma(key, simd.splat_f32(simd.load_f32(query + i * 4)), total)
+        total = simd.fma(key, simd.splat_f32(memory.load_f32(query + i * 4)), total)
     return total
 
 
@@ -121,9 +121,9 @@ def score16(query: int, keys: int, head_dim: int, half: int) -> Any:
 def clear(part: int, width: int) -> None:
     """A sum over no positions: see `attend_block`."""
     for i in range(0, width, LANES):
-        simd.store_f32x16(part + i * 4, simd.splat_f32(float32(0.0)))
-    simd.store_f32x16(part + width * 4, simd.splat_f32(float32(0.0)))
-    simd.store_f32(part + width * 4 + 64, float32(LEAST))
+        memory.store_f32x16(part + i * 4, simd.splat_f32(float32(0.0)))
+    memory.store_f32x16(part + width * 4, simd.splat_f32(float32(0.0)))
+    memory.store_f32(part + width * 4 + 64, float32(LEAST))
 
 
 @inline
@@ -139,50 +139,50 @@ def attend_block(
     """
     size, width = 4 - 2 * half, padded_head(head_dim)
     sums = part + width * 4
-    previous = simd.load_f32(sums + 64)
+    previous = memory.load_f32(sums + 64)
     peak = simd.splat_f32(previous)
     for i in range(low // LANES * LANES, high, LANES):
         score = score16(query, keys + i * head_dim * size, head_dim, half)
         index = simd.add(simd.lane_numbers(), simd.splat_i32(int32(i)))
         score = simd.keep_lanes(index, int32(low), int32(high), score)
-        simd.store_f32x16(scratch + i * 4, score)
+        memory.store_f32x16(scratch + i * 4, score)
         peak = simd.maximum(peak, score)
     largest = simd.max_f32(peak)
-    simd.store_f32(sums + 64, largest)
+    memory.store_f32(sums + 64, largest)
     shrink = exp(simd.splat_f32(previous - largest))
-    weights = simd.mul(simd.load_f32x16(sums), shrink)
+    weights = simd.mul(memory.load_f32x16(sums), shrink)
     for i in range(low // LANES * LANES, high, LANES):
-        weight = exp(simd.sub(simd.load_f32x16(scratch + i * 4), simd.splat_f32(largest)))
-        simd.store_f32x16(scratch + i * 4, weight)
+        weight = exp(simd.sub(memory.load_f32x16(scratch + i * 4), simd.splat_f32(largest)))
+        memory.store_f32x16(scratch + i * 4, weight)
         weights = simd.add(weights, weight)
-    simd.store_f32x16(sums, weights)
+    memory.store_f32x16(sums, weights)
     for i in range(0, width, LANES):
-        total = simd.mul(simd.load_f32x16(part + i * 4), shrink)
+        total = simd.mul(memory.load_f32x16(part + i * 4), shrink)
         for position in range(low, high):
             value = load_cached(values + (position * width + i) * size, half)
-            weight = simd.splat_f32(simd.load_f32(scratch + position * 4))
+            weight = simd.splat_f32(memory.load_f32(scratch + position * 4))
             total = simd.fma(value, weight, total)
-        simd.store_f32x16(part + i * 4, total)
+        memory.store_f32x16(part + i * 4, total)
 
 
 @inline
 def join(part: int, other: int, width: int) -> None:
     """Add the other part's sums, both brought to the larger of the two largest scores."""
-    mine, theirs = simd.load_f32(part + width * 4 + 64), simd.load_f32(other + width * 4 + 64)
+    mine, theirs = memory.load_f32(part + width * 4 + 64), memory.load_f32(other + width * 4 + 64)
     peak = simd.maximum(simd.splat_f32(mine), simd.splat_f32(theirs))
     shrink = exp(simd.sub(simd.splat_f32(mine), peak))
     other_shrink = exp(simd.sub(simd.splat_f32(theirs), peak))
     for i in range(0, width + LANES, LANES):
-        both = simd.mul(simd.load_f32x16(part + i * 4), shrink)
-        both = simd.fma(simd.load_f32x16(other + i * 4), other_shrink, both)
-        simd.store_f32x16(part + i * 4, both)
-    simd.store_f32(part + width * 4 + 64, simd.max_f32(peak))
+        both = simd.mul(memory.load_f32x16(part + i * 4), shrink)
+        both = simd.fma(memory.load_f32x16(other + i * 4), other_shrink, both)
+        memory.store_f32x16(part + i * 4, both)
+    memory.store_f32(part + width * 4 + 64, simd.max_f32(peak))
 
 
 @inline
 def copy_scaled(x: int, to: int, n: int, scale: Any) -> None:
     for i in range(n):
-        simd.store_f32(to + i * 4, simd.load_f32(x + i * 4) * scale)
+        memory.store_f32(to + i * 4, memory.load_f32(x + i * 4) * scale)
 
 
 @inline
@@ -224,17 +224,17 @@ def attention(instruction: int, state: int, first: int, last: int, thread: int) 
     parts, part_bytes = argument(instruction, 2), argument(instruction, 3)
     n_kv_heads, group = argument(instruction, 4), argument(instruction, 5)
     head_dim, half = argument(instruction, 6), argument(instruction, 7)
-    cache = simd.load_i64(state + abi.CACHE * WORD) + argument(instruction, 8)
+    cache = memory.load_i64(state + abi.CACHE * WORD) + argument(instruction, 8)
     block_bytes = argument(instruction, 9)
-    scale = float32(simd.load_f64(instruction + (ARGS + 10) * WORD))
+    scale = float32(memory.load_f64(instruction + (ARGS + 10) * WORD))
     window = argument(instruction, 11)
-    start = simd.load_i64(state + abi.START * WORD)
+    start = memory.load_i64(state + abi.START * WORD)
     splits, parallel = (
-        simd.load_i64(state + abi.SPLITS * WORD),
-        simd.load_i64(state + abi.PARALLEL * WORD),
+        memory.load_i64(state + abi.SPLITS * WORD),
+        memory.load_i64(state + abi.PARALLEL * WORD),
     )
-    scratch = simd.load_i64(state + abi.SCRATCH * WORD)
-    scratch += thread * simd.load_i64(state + abi.SCRATCH_BYTES * WORD)
+    scratch = memory.load_i64(state + abi.SCRATCH * WORD)
+    scratch += thread * memory.load_i64(state + abi.SCRATCH_BYTES * WORD)
     queries = scratch + KEYS_AT_ONCE * 4
     other = queries + group * head_dim * 4
     for unit in range(first, last):
@@ -267,12 +267,12 @@ def merge(instruction: int, state: int, first: int, last: int, thread: int) -> N
     parts, part_bytes = argument(instruction, 0), argument(instruction, 1)
     out, out_stride = argument(instruction, 2), argument(instruction, 3)
     n_heads, head_dim = argument(instruction, 4), argument(instruction, 5)
-    parallel = simd.load_i64(state + abi.PARALLEL * WORD)
+    parallel = memory.load_i64(state + abi.PARALLEL * WORD)
     width = padded_head(head_dim)
     for unit in range(first, last):
         part = parts + unit * parallel * part_bytes
         for split in range(1, parallel):
             join(part, part + split * part_bytes, width)
-        share = float32(1.0) / simd.sum_f32(simd.load_f32x16(part + width * 4))
+        share = float32(1.0) / simd.sum_f32(memory.load_f32x16(part + width * 4))
         y = out + unit // n_heads * out_stride + unit % n_heads * head_dim * 4
         copy_scaled(part, y, head_dim, share)

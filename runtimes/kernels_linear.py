@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import float32
 
-from edgellama.runtimes import abi, pieces, pieces_quants, simd
+from edgellama.runtimes import abi, memory, pieces, pieces_quants, simd
 from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.kernels import argument
 from edgellama.runtimes.repack import LAYOUTS, Layout
@@ -35,7 +35,7 @@ def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
         for block in range(blocks):
             p = w + block * block_bytes
             for line in range(0, block_bytes, 64):
-                simd.prefetch(p + AHEAD + line)
+                memory.prefetch(p + AHEAD + line)
             for i in range(records):
                 record = x + (block * records + i) * record_bytes
                 total = dot(load(p, i), record, total, fine)
@@ -45,14 +45,14 @@ def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
     def tile(w: int, blocks: int, x: int, n_tokens: int, count: int, totals: int) -> None:
         """16 rows times `count` tokens: each block is unpacked once for all of them."""
         for t in range(count):
-            simd.store_f32x16(totals + t * 64, simd.splat_f32(float32(0.0)))
+            memory.store_f32x16(totals + t * 64, simd.splat_f32(float32(0.0)))
         for i in range(blocks * records):
             weights = load(w + i // records * block_bytes, i % records)
             record = x + i * n_tokens * record_bytes
             for t in range(count):
-                total = simd.load_f32x16(totals + t * 64)
+                total = memory.load_f32x16(totals + t * 64)
                 total = dot(weights, record + t * record_bytes, total, fine)
-                simd.store_f32x16(totals + t * 64, total)
+                memory.store_f32x16(totals + t * 64, total)
 
     def linear(instruction: int, state: int, first: int, last: int, thread: int) -> None:
         """x @ weight.T. Unit: 16 rows of the weight.
@@ -63,26 +63,26 @@ def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
         weight, blocks = argument(instruction, 0), argument(instruction, 1)
         x, y, stride = argument(instruction, 2), argument(instruction, 3), argument(instruction, 4)
         accumulate = argument(instruction, 5)
-        n_tokens = simd.load_i64(state + argument(instruction, 6) * WORD)
-        totals = simd.load_i64(state + abi.SCRATCH * WORD)
-        totals += thread * simd.load_i64(state + abi.SCRATCH_BYTES * WORD)
+        n_tokens = memory.load_i64(state + argument(instruction, 6) * WORD)
+        totals = memory.load_i64(state + abi.SCRATCH * WORD)
+        totals += thread * memory.load_i64(state + abi.SCRATCH_BYTES * WORD)
         for group in range(first, last):
             w, out = weight + group * blocks * block_bytes, y + group * LANES * 4
             if n_tokens == 1:
                 total = one_token(w, blocks, x)
                 if accumulate != 0:
-                    total = simd.add(simd.load_f32x16(out), total)
-                simd.store_f32x16(out, total)
+                    total = simd.add(memory.load_f32x16(out), total)
+                memory.store_f32x16(out, total)
                 continue
             for begin in range(0, n_tokens, TILE):
                 count = min(TILE, n_tokens - begin)
                 tile(w, blocks, x + begin * record_bytes, n_tokens, count, totals)
                 for t in range(count):
                     at = out + (begin + t) * stride
-                    total = simd.load_f32x16(totals + t * 64)
+                    total = memory.load_f32x16(totals + t * 64)
                     if accumulate != 0:
-                        total = simd.add(simd.load_f32x16(at), total)
-                    simd.store_f32x16(at, total)
+                        total = simd.add(memory.load_f32x16(at), total)
+                    memory.store_f32x16(at, total)
 
     return linear
 
@@ -98,15 +98,15 @@ def _embed(decode: Any, layout: Layout) -> Kernel:
         """
         weight, blocks = argument(instruction, 0), argument(instruction, 1)
         y, stride = argument(instruction, 2), argument(instruction, 3)
-        ids = simd.load_i64(state + abi.TOKENS * WORD)
+        ids = memory.load_i64(state + abi.TOKENS * WORD)
         for token in range(first, last):
-            row = simd.load_i64(ids + token * WORD)
+            row = memory.load_i64(ids + token * WORD)
             w, lane = weight + row // LANES * blocks * block_bytes, row % LANES
             for block in range(blocks):
                 for column in range(columns):
                     value = decode(w + block * block_bytes, lane, column)
                     at = y + token * stride + (block * columns + column) * 4
-                    simd.store_f32(at, value)
+                    memory.store_f32(at, value)
 
     return embed
 

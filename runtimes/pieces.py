@@ -12,7 +12,7 @@ from typing import Any
 
 from numba import float32, int32
 
-from edgellama.runtimes import abi, simd
+from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 
 LANES = abi.LANES
@@ -23,8 +23,8 @@ Q8_SCALED_SUM, Q8_FINE_SUM = abi.Q8_SCALED_SUM, abi.Q8_FINE_SUM
 @inline
 def load_nibbles(p: int) -> Any:
     """256 bytes: chunk j holds columns 4j..4j+3 (low) and 16+4j..16+4j+3 (high) of 16 rows."""
-    a, b = simd.load_i8x64(p), simd.load_i8x64(p + 64)
-    c, d = simd.load_i8x64(p + 128), simd.load_i8x64(p + 192)
+    a, b = memory.load_i8x64(p), memory.load_i8x64(p + 64)
+    c, d = memory.load_i8x64(p + 128), memory.load_i8x64(p + 192)
     return (
         simd.low_nibbles(a),
         simd.low_nibbles(b),
@@ -40,34 +40,34 @@ def load_nibbles(p: int) -> Any:
 @inline
 def minus_sum(x: int, at: int, offset: int) -> Any:
     """What codes stored `offset` too high add to a product, taken off beforehand."""
-    return simd.splat_i32(int32(-offset * simd.load_i32(x + Q8_SUMS + at)))
+    return simd.splat_i32(int32(-offset * memory.load_i32(x + Q8_SUMS + at)))
 
 
 @inline
 def halves_small(codes: Any, x: int, first: Any, second: Any) -> Any:
     """first + codes (up to 127) times bytes 0..15, second + times bytes 16..31."""
-    a = simd.dot4_small(first, codes[0], simd.splat_4bytes(x))
-    b = simd.dot4_small(second, codes[4], simd.splat_4bytes(x + 16))
-    a = simd.dot4_small(a, codes[1], simd.splat_4bytes(x + 4))
-    b = simd.dot4_small(b, codes[5], simd.splat_4bytes(x + 20))
-    a = simd.dot4_small(a, codes[2], simd.splat_4bytes(x + 8))
-    b = simd.dot4_small(b, codes[6], simd.splat_4bytes(x + 24))
-    a = simd.dot4_small(a, codes[3], simd.splat_4bytes(x + 12))
-    b = simd.dot4_small(b, codes[7], simd.splat_4bytes(x + 28))
+    a = simd.dot4_small(first, codes[0], memory.splat_4bytes(x))
+    b = simd.dot4_small(second, codes[4], memory.splat_4bytes(x + 16))
+    a = simd.dot4_small(a, codes[1], memory.splat_4bytes(x + 4))
+    b = simd.dot4_small(b, codes[5], memory.splat_4bytes(x + 20))
+    a = simd.dot4_small(a, codes[2], memory.splat_4bytes(x + 8))
+    b = simd.dot4_small(b, codes[6], memory.splat_4bytes(x + 24))
+    a = simd.dot4_small(a, codes[3], memory.splat_4bytes(x + 12))
+    b = simd.dot4_small(b, codes[7], memory.splat_4bytes(x + 28))
     return a, b
 
 
 @inline
 def halves_large(codes: Any, x: int, first: Any, second: Any) -> Any:
     """`halves_small` for codes up to 255."""
-    a = simd.dot4(first, codes[0], simd.splat_4bytes(x))
-    b = simd.dot4(second, codes[4], simd.splat_4bytes(x + 16))
-    a = simd.dot4(a, codes[1], simd.splat_4bytes(x + 4))
-    b = simd.dot4(b, codes[5], simd.splat_4bytes(x + 20))
-    a = simd.dot4(a, codes[2], simd.splat_4bytes(x + 8))
-    b = simd.dot4(b, codes[6], simd.splat_4bytes(x + 24))
-    a = simd.dot4(a, codes[3], simd.splat_4bytes(x + 12))
-    b = simd.dot4(b, codes[7], simd.splat_4bytes(x + 28))
+    a = simd.dot4(first, codes[0], memory.splat_4bytes(x))
+    b = simd.dot4(second, codes[4], memory.splat_4bytes(x + 16))
+    a = simd.dot4(a, codes[1], memory.splat_4bytes(x + 4))
+    b = simd.dot4(b, codes[5], memory.splat_4bytes(x + 20))
+    a = simd.dot4(a, codes[2], memory.splat_4bytes(x + 8))
+    b = simd.dot4(b, codes[6], memory.splat_4bytes(x + 24))
+    a = simd.dot4(a, codes[3], memory.splat_4bytes(x + 12))
+    b = simd.dot4(b, codes[7], memory.splat_4bytes(x + 28))
     return a, b
 
 
@@ -100,7 +100,7 @@ def dot_large(codes: Any, x: int, offset: int, fine: int) -> Any:
 @inline
 def record_scale(x: int, half: int, fine: int) -> Any:
     """What a product of 16 columns is to be multiplied by."""
-    scale = simd.load_f32(x + Q8_SCALES + half * 4)
+    scale = memory.load_f32(x + Q8_SCALES + half * 4)
     return scale * float32(1.0 / 128.0) if fine != 0 else scale
 
 
@@ -116,14 +116,14 @@ def scaled(whole: Any, scales: Any, x: int, total: Any, fine: int) -> Any:
 @inline
 def nibble(p: int, lane: int, column: int) -> Any:
     """One 4-bit code of a repacked block."""
-    byte = simd.load_u8(p + (column % 16) // 4 * 64 + lane * 4 + column % 4)
+    byte = memory.load_u8(p + (column % 16) // 4 * 64 + lane * 4 + column % 4)
     return byte >> 4 if column >= 16 else byte & 15
 
 
 # Q4_0: 16 f16 scales, 256 bytes of codes 8 too high.
 @inline
 def load_q4_0(p: int, i: int) -> Any:
-    return load_nibbles(p + 32), simd.load_f16x16(p)
+    return load_nibbles(p + 32), memory.load_f16x16(p)
 
 
 @inline
@@ -134,14 +134,14 @@ def dot_q4_0(weights: Any, x: int, total: Any, fine: int) -> Any:
 
 @inline
 def decode_q4_0(p: int, lane: int, column: int) -> Any:
-    scale = simd.lane_f32(simd.load_f16x16(p), lane)
+    scale = simd.lane_f32(memory.load_f16x16(p), lane)
     return scale * float32(nibble(p + 32, lane, column) - 8)
 
 
 # Q4_1: 16 f16 scales, 16 f16 minima, 256 bytes of codes.
 @inline
 def load_q4_1(p: int, i: int) -> Any:
-    return load_nibbles(p + 64), simd.load_f16x16(p), simd.load_f16x16(p + 32)
+    return load_nibbles(p + 64), memory.load_f16x16(p), memory.load_f16x16(p + 32)
 
 
 @inline
@@ -150,13 +150,13 @@ def dot_minimum(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales, minima = weights
     total = scaled(dot_small(codes, x, 0, fine), scales, x, total, fine)
     sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
-    return simd.fma(minima, simd.splat_f32(simd.load_f32(x + sum_at)), total)
+    return simd.fma(minima, simd.splat_f32(memory.load_f32(x + sum_at)), total)
 
 
 @inline
 def decode_q4_1(p: int, lane: int, column: int) -> Any:
-    scale = simd.lane_f32(simd.load_f16x16(p), lane)
-    minimum = simd.lane_f32(simd.load_f16x16(p + 32), lane)
+    scale = simd.lane_f32(memory.load_f16x16(p), lane)
+    minimum = simd.lane_f32(memory.load_f16x16(p + 32), lane)
     return scale * float32(nibble(p + 64, lane, column)) + minimum
 
 
@@ -164,16 +164,16 @@ def decode_q4_1(p: int, lane: int, column: int) -> Any:
 @inline
 def load_q8_0(p: int, i: int) -> Any:
     codes = (
-        simd.load_i8x64(p + 32),
-        simd.load_i8x64(p + 96),
-        simd.load_i8x64(p + 160),
-        simd.load_i8x64(p + 224),
-        simd.load_i8x64(p + 288),
-        simd.load_i8x64(p + 352),
-        simd.load_i8x64(p + 416),
-        simd.load_i8x64(p + 480),
+        memory.load_i8x64(p + 32),
+        memory.load_i8x64(p + 96),
+        memory.load_i8x64(p + 160),
+        memory.load_i8x64(p + 224),
+        memory.load_i8x64(p + 288),
+        memory.load_i8x64(p + 352),
+        memory.load_i8x64(p + 416),
+        memory.load_i8x64(p + 480),
     )
-    return codes, simd.load_f16x16(p)
+    return codes, memory.load_f16x16(p)
 
 
 @inline
@@ -184,8 +184,8 @@ def dot_q8_0(weights: Any, x: int, total: Any, fine: int) -> Any:
 
 @inline
 def decode_q8_0(p: int, lane: int, column: int) -> Any:
-    code = simd.load_u8(p + 32 + column // 4 * 64 + lane * 4 + column % 4) - 128
-    return simd.lane_f32(simd.load_f16x16(p), lane) * float32(code)
+    code = memory.load_u8(p + 32 + column // 4 * 64 + lane * 4 + column % 4) - 128
+    return simd.lane_f32(memory.load_f16x16(p), lane) * float32(code)
 
 
 # --- float products ------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def _float_pieces(load16: Any, size: int) -> tuple[Any, Any, Any]:
     @inline
     def pair(v: Any, w: Any, x: int) -> Any:
         """Two columns times two activations."""
-        first = simd.mul(v, simd.splat_f32(simd.load_f32(x)))
-        return simd.fma(w, simd.splat_f32(simd.load_f32(x + 4)), first)
+        first = simd.mul(v, simd.splat_f32(memory.load_f32(x)))
+        return simd.fma(w, simd.splat_f32(memory.load_f32(x + 4)), first)
 
     @inline
     def dot(w: Any, x: int, total: Any, fine: int) -> Any:
@@ -235,7 +235,7 @@ PIECES = {
     "Q4_0": (load_q4_0, dot_q4_0, decode_q4_0),
     "Q4_1": (load_q4_1, dot_minimum, decode_q4_1),
     "Q8_0": (load_q8_0, dot_q8_0, decode_q8_0),
-    "F16": _float_pieces(simd.load_f16x16, 2),
-    "BF16": _float_pieces(simd.load_bf16x16, 2),
-    "F32": _float_pieces(simd.load_f32x16, 4),
+    "F16": _float_pieces(memory.load_f16x16, 2),
+    "BF16": _float_pieces(memory.load_bf16x16, 2),
+    "F32": _float_pieces(memory.load_f32x16, 4),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import float32, int32
 
-from edgellama.runtimes import abi, simd
+from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.pieces import (
     dot_large,
@@ -30,7 +30,7 @@ Q8_SUMS, Q8_LOW_SUMS = abi.Q8_SUMS, abi.Q8_LOW_SUMS
 @inline
 def load_pairs(p: int) -> Any:
     """128 bytes of 2-bit codes: of columns 0..15, then 16..31, two bits a group of 4 columns."""
-    a, b = simd.load_i8x64(p), simd.load_i8x64(p + 64)
+    a, b = memory.load_i8x64(p), memory.load_i8x64(p + 64)
     return (
         simd.bits(a, 0, 3),
         simd.bits(a, 2, 3),
@@ -46,7 +46,7 @@ def load_pairs(p: int) -> Any:
 @inline
 def add_bits(codes: Any, p: int, place: int) -> Any:
     """Set bit `place` of the codes from 64 bytes: bit j is that of columns 4j..4j+3."""
-    plane = simd.load_i8x64(p)
+    plane = memory.load_i8x64(p)
     return (
         simd.set_bits(codes[0], simd.bits(plane, 0, 1), place),
         simd.set_bits(codes[1], simd.bits(plane, 1, 1), place),
@@ -78,20 +78,20 @@ def add_pairs(codes: Any, p: int, place: int) -> Any:
 @inline
 def bit(p: int, lane: int, column: int) -> Any:
     """One bit of a plane of `add_bits`."""
-    return (simd.load_u8(p + lane * 4 + column % 4) >> (column // 4)) & 1
+    return (memory.load_u8(p + lane * 4 + column % 4) >> (column // 4)) & 1
 
 
 @inline
 def pair(p: int, lane: int, column: int) -> Any:
     """One 2-bit code of a plane of `load_pairs`."""
-    byte = simd.load_u8(p + column // 16 * 64 + lane * 4 + column % 4)
+    byte = memory.load_u8(p + column // 16 * 64 + lane * 4 + column % 4)
     return (byte >> (column % 16 // 4 * 2)) & 3
 
 
 @inline
 def half(p: int, lane: int) -> Any:
     """One of 16 f16."""
-    return simd.lane_f32(simd.load_f16x16(p), lane)
+    return simd.lane_f32(memory.load_f16x16(p), lane)
 
 
 @inline
@@ -108,7 +108,7 @@ def scaled_halves(whole: Any, first: Any, second: Any, x: int, total: Any, fine:
 
 @inline
 def load_q5_0(p: int, i: int) -> Any:
-    return add_bits(load_nibbles(p + 32), p + 288, 4), simd.load_f16x16(p)
+    return add_bits(load_nibbles(p + 32), p + 288, 4), memory.load_f16x16(p)
 
 
 @inline
@@ -130,7 +130,7 @@ def decode_q5_0(p: int, lane: int, column: int) -> Any:
 @inline
 def load_q5_1(p: int, i: int) -> Any:
     codes = add_bits(load_nibbles(p + 64), p + 320, 4)
-    return codes, simd.load_f16x16(p), simd.load_f16x16(p + 32)
+    return codes, memory.load_f16x16(p), memory.load_f16x16(p + 32)
 
 
 @inline
@@ -155,7 +155,7 @@ def load_iq4_nl(p: int, i: int) -> Any:
         simd.nonlinear(n[6]),
         simd.nonlinear(n[7]),
     )
-    return codes, simd.load_f16x16(p)
+    return codes, memory.load_f16x16(p)
 
 
 @inline
@@ -179,37 +179,37 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = 160, 224, 288, 352, 416  # bytes of 32 columns
 @inline
 def minimum_of(p: int, q: int) -> Any:
     """-dmin * m of 16 rows, m being unsigned bytes at q."""
-    minus = simd.sub(simd.splat_f32(float32(0.0)), simd.load_f16x16(p + 32))
-    return simd.mul(minus, simd.load_u8x16(q))
+    minus = simd.sub(simd.splat_f32(float32(0.0)), memory.load_f16x16(p + 32))
+    return simd.mul(minus, memory.load_u8x16(q))
 
 
 @inline
 def load_q4_k(p: int, i: int) -> Any:
     q = p + HEADER_2 + i * Q4_K
-    scales = simd.mul(simd.load_f16x16(p), simd.load_u8x16(q))
+    scales = simd.mul(memory.load_f16x16(p), memory.load_u8x16(q))
     return load_nibbles(q + 32), scales, minimum_of(p, q + 16)
 
 
 @inline
 def load_q5_k(p: int, i: int) -> Any:
     q = p + HEADER_2 + i * Q5_K
-    scales = simd.mul(simd.load_f16x16(p), simd.load_u8x16(q))
+    scales = simd.mul(memory.load_f16x16(p), memory.load_u8x16(q))
     return add_bits(load_nibbles(q + 32), q + 288, 4), scales, minimum_of(p, q + 16)
 
 
 @inline
 def decode_q4_k(p: int, lane: int, column: int) -> Any:
     q = p + HEADER_2 + column // 32 * Q4_K
-    scale = half(p, lane) * float32(simd.load_u8(q + lane))
-    minimum = half(p + 32, lane) * float32(simd.load_u8(q + 16 + lane))
+    scale = half(p, lane) * float32(memory.load_u8(q + lane))
+    minimum = half(p + 32, lane) * float32(memory.load_u8(q + 16 + lane))
     return scale * float32(nibble(q + 32, lane, column % 32)) - minimum
 
 
 @inline
 def decode_q5_k(p: int, lane: int, column: int) -> Any:
     q = p + HEADER_2 + column // 32 * Q5_K
-    scale = half(p, lane) * float32(simd.load_u8(q + lane))
-    minimum = half(p + 32, lane) * float32(simd.load_u8(q + 16 + lane))
+    scale = half(p, lane) * float32(memory.load_u8(q + lane))
+    minimum = half(p + 32, lane) * float32(memory.load_u8(q + 16 + lane))
     code = nibble(q + 32, lane, column % 32) + 16 * bit(q + 288, lane, column % 32)
     return scale * float32(code) - minimum
 
@@ -217,9 +217,13 @@ def decode_q5_k(p: int, lane: int, column: int) -> Any:
 @inline
 def load_q6_k(p: int, i: int) -> Any:
     q = p + HEADER_1 + i * Q6_K
-    scales = simd.load_f16x16(p)
+    scales = memory.load_f16x16(p)
     codes = add_pairs(load_nibbles(q + 32), q + 288, 4)
-    return codes, simd.mul(scales, simd.load_i8x16(q)), simd.mul(scales, simd.load_i8x16(q + 16))
+    return (
+        codes,
+        simd.mul(scales, memory.load_i8x16(q)),
+        simd.mul(scales, memory.load_i8x16(q + 16)),
+    )
 
 
 @inline
@@ -232,7 +236,7 @@ def dot_q6_k(weights: Any, x: int, total: Any, fine: int) -> Any:
 @inline
 def signed_scale(p: int, q: int, lane: int, column: int) -> Any:
     """d * s of a half block, s being a signed byte."""
-    byte = simd.load_u8(q + column // 16 * 16 + lane)
+    byte = memory.load_u8(q + column // 16 * 16 + lane)
     return half(p, lane) * float32(byte - 256 if byte > 127 else byte)
 
 
@@ -246,9 +250,13 @@ def decode_q6_k(p: int, lane: int, column: int) -> Any:
 @inline
 def load_q3_k(p: int, i: int) -> Any:
     q = p + HEADER_1 + i * Q3_K
-    scales = simd.load_f16x16(p)
+    scales = memory.load_f16x16(p)
     codes = add_bits(load_pairs(q + 32), q + 160, 2)
-    return codes, simd.mul(scales, simd.load_i8x16(q)), simd.mul(scales, simd.load_i8x16(q + 16))
+    return (
+        codes,
+        simd.mul(scales, memory.load_i8x16(q)),
+        simd.mul(scales, memory.load_i8x16(q + 16)),
+    )
 
 
 @inline
@@ -268,9 +276,9 @@ def decode_q3_k(p: int, lane: int, column: int) -> Any:
 @inline
 def half_sum(x: int, half: int, fine: int) -> Any:
     """The sum of a record's 16 activations."""
-    total = simd.load_i32(x + Q8_SUMS + half * 4)
+    total = memory.load_i32(x + Q8_SUMS + half * 4)
     if fine != 0:
-        total = total * int32(128) + simd.load_i32(x + Q8_LOW_SUMS + half * 4)
+        total = total * int32(128) + memory.load_i32(x + Q8_LOW_SUMS + half * 4)
     return record_scale(x, half, fine) * float32(total)
 
 
@@ -278,14 +286,14 @@ def half_sum(x: int, half: int, fine: int) -> Any:
 @inline
 def load_q2_k(p: int, i: int) -> Any:
     q = p + HEADER_2 + i * Q2_K
-    scales = simd.load_f16x16(p)
-    minus = simd.sub(simd.splat_f32(float32(0.0)), simd.load_f16x16(p + 32))
+    scales = memory.load_f16x16(p)
+    minus = simd.sub(simd.splat_f32(float32(0.0)), memory.load_f16x16(p + 32))
     return (
         load_pairs(q + 32),
-        simd.mul(scales, simd.load_low_u4x16(q)),
-        simd.mul(scales, simd.load_low_u4x16(q + 16)),
-        simd.mul(minus, simd.load_high_u4x16(q)),
-        simd.mul(minus, simd.load_high_u4x16(q + 16)),
+        simd.mul(scales, memory.load_low_u4x16(q)),
+        simd.mul(scales, memory.load_low_u4x16(q + 16)),
+        simd.mul(minus, memory.load_high_u4x16(q)),
+        simd.mul(minus, memory.load_high_u4x16(q + 16)),
     )
 
 
@@ -301,7 +309,7 @@ def dot_q2_k(weights: Any, x: int, total: Any, fine: int) -> Any:
 @inline
 def decode_q2_k(p: int, lane: int, column: int) -> Any:
     q, c = p + HEADER_2 + column // 32 * Q2_K, column % 32
-    byte = simd.load_u8(q + c // 16 * 16 + lane)
+    byte = memory.load_u8(q + c // 16 * 16 + lane)
     minimum = half(p + 32, lane) * float32(byte >> 4)
     return half(p, lane) * float32(byte & 15) * float32(pair(q + 32, lane, c)) - minimum
 

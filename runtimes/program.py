@@ -387,9 +387,9 @@ class _Lowering:
         gate, up = (self.places[name] for name in node.inputs)
         blocks = padded(self.graph.config.ffn_dim, abi.BLOCK) // abi.BLOCK
         packed = self._packed(node.output)
-        self._emit(
-            "swiglu", blocks, abi.N_TOKENS, gate.address, up.address, gate.stride, blocks, *packed
-        )
+        columns = padded(self.graph.config.ffn_dim, abi.LANES) // abi.LANES
+        places = (gate.address, up.address, gate.stride)
+        self._emit("swiglu", blocks, abi.N_TOKENS, *places, blocks, *packed, columns)
 
     def add(self, node: Node) -> None:
         """The product before it has added to the residual, in place."""

@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,43 +24,63 @@ _Job = tuple[Any, ...]  # arguments of `follow`, then whatever must stay alive m
 
 
 class Team:
-    """N threads: the caller's own and N - 1 helpers. One program runs at a time."""
+    """N threads: the caller's own and N - 1 helpers. One program runs at a time.
+
+    A team that is dropped without `close` stops its helpers too.
+    """
 
     def __init__(self, threads: int, lead: Callable[..., None], follow: Callable[..., None]):
         self.threads = threads
-        self._lead, self._follow = lead, follow
-        self._epoch = 0
+        self._lead, self._epoch = lead, 0
         self._queues: list[queue.SimpleQueue[_Job | None]] = []
         self._helpers: list[threading.Thread] = []
         for number in range(1, threads):
             jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
             helper = threading.Thread(
-                target=self._help, args=(jobs, number), name=f"edgellama-{number}", daemon=True
+                target=_help, args=(jobs, follow, number), name=f"edgellama-{number}", daemon=True
             )
             self._queues.append(jobs)
             self._helpers.append(helper)
             helper.start()
-
-    def _help(self, jobs: "queue.SimpleQueue[_Job | None]", number: int) -> None:
-        while (job := jobs.get()) is not None:
-            self._follow(*job[:5], number)
-            del job  # it keeps a session's memory alive
+        self._stop = weakref.finalize(self, _stop, self._queues)
 
     def run(self, program: Words, counters: NDArray[np.uint8], state: Words) -> None:
         """Run a program to its end or to its cancellation. The caller holds the model's lock."""
         self._epoch = self._epoch % 0x7FFFFFF0 + 1
         state[abi.EPOCH], state[abi.THREADS] = self._epoch, self.threads
+        open_counters(counters, self._epoch)
         places = (program.ctypes.data, counters.ctypes.data, len(program), state.ctypes.data)
         for jobs in self._queues:
             jobs.put((*places, self._epoch, program, counters, state))
         self._lead(*places)
 
     def close(self) -> None:
-        for jobs in self._queues:
-            jobs.put(None)
+        self._stop()
         for helper in self._helpers:
             helper.join()
-        self._queues, self._helpers = [], []
+        self._helpers = []
+
+
+def _help(jobs: "queue.SimpleQueue[_Job | None]", follow: Callable[..., None], number: int) -> None:
+    """A helper's life. It must not know its team, which could never be dropped then."""
+    while (job := jobs.get()) is not None:
+        follow(*job[:5], number)
+        del job  # it keeps a session's memory alive
+
+
+def _stop(queues: "list[queue.SimpleQueue[_Job | None]]") -> None:
+    for jobs in queues:
+        jobs.put(None)
+
+
+def open_counters(counters: NDArray[np.uint8], epoch: int) -> None:
+    """Open every instruction for this epoch, which closes it to a helper late from another.
+
+    DONE goes first: such a helper either finds nothing to claim, or the epoch over.
+    """
+    words = counters.view(np.int64).reshape(-1, abi.COUNTER_BYTES // abi.WORD)
+    words[:, abi.DONE // abi.WORD] = epoch << 32
+    words[:, 0] = epoch << 32
 
 
 def give_up_core() -> int:

@@ -141,7 +141,7 @@ def test_the_key_covers_everything_the_code_follows_from() -> None:
     """Every module that a kernel is made of is part of the fingerprint."""
     code = """
 import sys
-from edgellama.runtimes import compiler, kernel_team, kernels_linear
+from edgellama.runtimes import compiler, kernel_team, kernels_attention, kernels_linear
 print(*(name for name in sys.modules if name.startswith("edgellama.runtimes.")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checked import GUARD, HERE, Arena, Array, arena, compiled, linear, quantized, read_q8, run
 
-from edgellama.runtimes import abi, kernels, simd
+from edgellama.runtimes import abi, kernels, memory
 from edgellama.runtimes.program import part_bytes
 from edgellama.runtimes.repack import padded
 
@@ -161,7 +161,7 @@ def test_swiglu_takes_nothing_from_behind_its_columns(level: str) -> None:
 
 def _exp(x: int, y: int, n: int) -> None:
     for i in range(0, n, 16):
-        simd.store_f32x16(y + i * 4, kernels.exp(simd.load_f32x16(x + i * 4)))
+        memory.store_f32x16(y + i * 4, kernels.exp(memory.load_f32x16(x + i * 4)))
 
 
 @pytest.mark.parametrize("level", HERE)

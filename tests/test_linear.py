@@ -24,7 +24,7 @@ from numba import int32
 
 from edgellama.ggml import BY_NAME, FLOATS
 from edgellama.quantize.blocks import decode
-from edgellama.runtimes import abi, repack, simd
+from edgellama.runtimes import abi, memory, repack, simd
 
 SIMPLE = [f"{how}:{kind}" for kind in ("Q4_0", "Q4_1", "Q8_0") for how in ("linear", "fine")]
 INTEGERS = [
@@ -298,14 +298,14 @@ def test_embed_gives_the_decoder_s_bits(kind: str, level: str) -> None:
 
 def _dot4(u: int, s: int, start: int, out: int) -> None:
     total = simd.splat_i32(int32(start))
-    total = simd.dot4(total, simd.load_i8x64(u), simd.load_i8x64(s))
-    simd.store_f32x16(out, simd.to_f32(total))
+    total = simd.dot4(total, memory.load_i8x64(u), memory.load_i8x64(s))
+    memory.store_f32x16(out, simd.to_f32(total))
 
 
 def _dot4_small(u: int, s: int, start: int, out: int) -> None:
     total = simd.splat_i32(int32(start))
-    total = simd.dot4_small(total, simd.load_i8x64(u), simd.load_i8x64(s))
-    simd.store_f32x16(out, simd.to_f32(total))
+    total = simd.dot4_small(total, memory.load_i8x64(u), memory.load_i8x64(s))
+    memory.store_f32x16(out, simd.to_f32(total))
 
 
 @pytest.mark.parametrize("level", HERE)
@@ -330,12 +330,12 @@ def test_dot4_is_exact(function: Any, most: int, level: str) -> None:
 
 def _widen(halves: int, out: int, n: int) -> None:
     for i in range(0, n, 16):
-        simd.store_f32x16(out + i * 4, simd.load_f16x16(halves + i * 2))
+        memory.store_f32x16(out + i * 4, memory.load_f16x16(halves + i * 2))
 
 
 def _narrow(values: int, out: int, n: int) -> None:
     for i in range(0, n, 16):
-        simd.store_f16x16(out + i * 2, simd.load_f32x16(values + i * 4))
+        memory.store_f16x16(out + i * 2, memory.load_f32x16(values + i * 4))
 
 
 @pytest.mark.parametrize("level", HERE)

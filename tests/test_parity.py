@@ -241,7 +241,6 @@ def test_the_same_bits_after_a_cancelled_call(tiny_model: Made) -> None:
         assert same(session.forward(tokens[10:], all_logits=True), wanted[10:])
 
 
-@pytest.mark.xfail(reason="swiglu is not told where its columns end", strict=True)
 def test_a_session_that_overflowed_does_no_harm_to_others(tmp_path: Path) -> None:
     """Token 5 drives an FFN whose width is no multiple of 32 to infinity; buffers are shared."""
     config = tiny_config(ffn_dim=40, n_layers=1)

@@ -210,7 +210,6 @@ def test_a_token_set_during(long_path: Path, runtime: Any) -> None:
 # --- closing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(run=False, reason="a closed session's cache is written to: it must refuse")
 def test_closing_a_session_twice(model: Model) -> None:
     session, other = model.session(), model.session()
     session.forward([1, 2])
@@ -267,7 +266,6 @@ def test_closing_a_model_while_it_works(path: Path) -> None:
         assert wrong == []
 
 
-@pytest.mark.xfail(run=False, reason="helpers of a model that is dropped sleep on for ever")
 def test_a_dropped_model_leaves_no_threads(path: Path) -> None:
     """Without close(): memory and threads go with the last reference."""
     import gc

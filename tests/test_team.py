@@ -15,7 +15,7 @@ from checked import HERE, Array, compiled
 from tiny import write_tiny
 
 from edgellama.control import CancelToken
-from edgellama.runtimes import abi, kernel_cache, levels, simd
+from edgellama.runtimes import abi, kernel_cache, levels, memory
 from edgellama.runtimes.team import Team, available_memory, give_up_core, usable_cores
 
 LEVEL = HERE[0]
@@ -24,20 +24,20 @@ HANG = 60.0  # seconds; what is bounded by it takes milliseconds
 
 def _mix(instruction: int, state: int, first: int, last: int, thread: int) -> None:
     """target[unit] = 3 * source[(unit + shift) % n] + unit: wrong if anything before is undone."""
-    source, target = simd.load_i64(instruction + 24), simd.load_i64(instruction + 32)
-    n, shift = simd.load_i64(instruction + 40), simd.load_i64(instruction + 48)
+    source, target = memory.load_i64(instruction + 24), memory.load_i64(instruction + 32)
+    n, shift = memory.load_i64(instruction + 40), memory.load_i64(instruction + 48)
     for unit in range(first, last):
-        value = simd.load_i64(source + (unit + shift) % n * 8)
-        before = simd.atomic_exchange(target + unit * 8, 3 * value + unit)
+        value = memory.load_i64(source + (unit + shift) % n * 8)
+        before = memory.atomic_exchange(target + unit * 8, 3 * value + unit)
         if before != 0:  # a unit done twice
-            simd.atomic_exchange(target + unit * 8, -1)
+            memory.atomic_exchange(target + unit * 8, -1)
 
 
 def _spin(instruction: int, state: int, first: int, last: int, thread: int) -> None:
     """Keep a core busy for some microseconds a unit."""
-    cell, turns = simd.load_i64(instruction + 24), simd.load_i64(instruction + 32)
+    cell, turns = memory.load_i64(instruction + 24), memory.load_i64(instruction + 32)
     for _ in range((last - first) * turns):
-        simd.atomic_add(cell, 1)
+        memory.atomic_add(cell, 1)
 
 
 def address(function: Callable[..., None]) -> int:
@@ -45,10 +45,17 @@ def address(function: Callable[..., None]) -> int:
     return ctypes.cast(kernel, ctypes.c_void_p).value or 0
 
 
-def team(threads: int) -> Team:
+def team(threads: int, nap: Callable[[], float] | None = None) -> Team:
+    """A team of real threads; the first helper sleeps `nap()` seconds before each program."""
     found = kernel_cache.addresses(["lead", "follow"], levels.LEVELS[LEVEL])
     lead, follow = (kernel_cache.function(found[k], n) for k, n in (("lead", 4), ("follow", 6)))
-    return Team(threads, lead, follow)
+
+    def late(*arguments: int) -> None:
+        if nap and arguments[-1] == 1:
+            time.sleep(nap())
+        follow(*arguments)
+
+    return Team(threads, lead, late if nap else follow)
 
 
 def counters_for(program: Array) -> Array:
@@ -129,16 +136,8 @@ def test_many_short_programs() -> None:
 
 def test_late_helpers_do_no_harm() -> None:
     """One helper sleeps before it looks: its program may be over, and another one under way."""
-    helpers = team(3)
-    follow, rng = helpers._follow, np.random.default_rng(2)
-    naps = [float(t) for t in rng.choice([0, 0, 1e-5, 1e-4, 1e-3, 5e-3], 5000)]
-
-    def late(*arguments: int) -> None:
-        if arguments[-1] == 1:
-            time.sleep(naps.pop() if naps else 0)
-        follow(*arguments)
-
-    helpers._follow = late
+    rng = np.random.default_rng(2)
+    helpers = team(3, lambda: float(rng.choice([0, 0, 1e-5, 1e-4, 1e-3, 5e-3])))
     for i in range(300):
         program = Mixing([20, 1, 50, 7])  # a new one each time: memory is freed and used again
         program.run(helpers)
