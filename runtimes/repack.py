@@ -8,7 +8,7 @@ Knows nothing about kernels' code or files: bytes in, bytes out. `kernels_linear
 this module writes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,18 +25,21 @@ LANES = abi.LANES
 Bytes = NDArray[np.uint8]
 
 
+Interleave = Callable[[Bytes, Bytes], None]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one type is repacked.
 
-    `interleave` turns the file's blocks of whole groups, (groups, 16, blocks, bytes of a block),
-    into (groups, blocks, block_bytes).
+    `interleave(blocks, out)` moves the file's blocks of whole groups, (groups, 16, blocks, bytes
+    of a block), to out, (groups, blocks, block_bytes).
     """
 
     columns: int  # of one repacked block
     block_bytes: int  # of one repacked block: 16 rows of `columns`
     record_bytes: int  # of activations
-    interleave: Callable[[Bytes], Bytes]
+    interleave: Interleave
     records: int = 1  # of activations that meet one block
 
     @property
@@ -45,138 +48,135 @@ class Layout:
         return self.record_bytes == abi.Q8_RECORD
 
 
-def _scales(blocks: Bytes) -> Bytes:
-    """(groups, 16, n, 2) → (groups, n, 32): 16 rows' f16 scales side by side."""
-    groups, _, n, _ = blocks.shape
-    return blocks.transpose(0, 2, 1, 3).reshape(groups, n, 2 * LANES)
+def _put(out: Bytes, at: int, rows: Bytes, word: type) -> int:
+    """Move rows, (groups, 16, ..., bytes), to out[..., at:]: word by word, 16 rows side by side.
+
+    Gives where the next field begins.
+    """
+    words = rows.view(word)
+    end = at + LANES * rows.shape[-1]
+    target = out[..., at:end].view(word)  # (groups, ..., words of a row * 16)
+    target.reshape(*target.shape[:-1], -1, LANES)[...] = np.moveaxis(words, 1, -1)
+    return end
 
 
-def _chunks(blocks: Bytes) -> Bytes:
-    """(groups, 16, n, b) → (groups, n, 16 b): four bytes of each row in turn."""
-    groups, _, n, size = blocks.shape
-    chunks = blocks.reshape(groups, LANES, n, size // 4, 4).transpose(0, 2, 3, 1, 4)
-    return chunks.reshape(groups, n, LANES * size)
+def _put_halves(out: Bytes, blocks: Bytes, starts: Sequence[int]) -> int:
+    """The f16 scales and minima come first in every layout."""
+    at = 0
+    for start in starts:
+        at = _put(out, at, blocks[..., start : start + 2], np.uint16)
+    return at
 
 
-def _interleave_q4_0(blocks: Bytes) -> Bytes:
-    return np.concatenate([_scales(blocks[..., :2]), _chunks(blocks[..., 2:])], axis=-1)
+def _plain(name: str, *, flip: int = 0) -> Interleave:
+    """Types whose codes need no more than moving; `flip` makes signed bytes unsigned."""
 
-
-def _interleave_q4_1(blocks: Bytes) -> Bytes:
-    parts = [_scales(blocks[..., :2]), _scales(blocks[..., 2:4]), _chunks(blocks[..., 4:])]
-    return np.concatenate(parts, axis=-1)
-
-
-def _interleave_q8_0(blocks: Bytes) -> Bytes:
-    codes = _chunks(blocks[..., 2:]) ^ np.uint8(128)
-    return np.concatenate([_scales(blocks[..., :2]), codes], axis=-1)
-
-
-def _halves(blocks: Bytes, *starts: int) -> list[Bytes]:
-    return [_scales(blocks[..., at : at + 2]) for at in starts]
-
-
-def _codes(blocks: Bytes, unpack: Callable[[Bytes], Packed]) -> tuple[Bytes, Packed]:
-    """(groups, 16, n, bytes) → codes (groups, 16, columns / 32, 32), and all the integers."""
-    parts = unpack(blocks.reshape(-1, blocks.shape[-1]))
-    return parts.codes.reshape(*blocks.shape[:2], -1, 32), parts
-
-
-def _nibbles(codes: Bytes) -> Bytes:
-    """(groups, 16, n, 32) → (groups, n, 256): columns 0..15 in the low halves of bytes."""
-    four = np.uint8(15)
-    return _chunks(codes[..., :16] & four | (codes[..., 16:] & four) << np.uint8(4))
-
-
-def _bits(codes: Bytes, place: int) -> Bytes:
-    """(groups, 16, n, 32) → (groups, n, 64): one bit of the codes; see `add_bits`."""
-    bits = codes.reshape(*codes.shape[:3], 8, 4) >> np.uint8(place) & np.uint8(1)
-    return _chunks(np.bitwise_or.reduce(bits << np.arange(8, dtype=np.uint8)[:, None], axis=-2))
-
-
-def _pairs(codes: Bytes, place: int) -> Bytes:
-    """(groups, 16, n, 32) → (groups, n, 128): two bits of the codes; see `load_pairs`."""
-    pairs = codes.reshape(*codes.shape[:3], 2, 4, 4) >> np.uint8(place) & np.uint8(3)
-    joined = pairs << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    both = np.bitwise_or.reduce(joined, axis=-2)  # (groups, 16, n, 2, 4)
-    return _chunks(both.reshape(*codes.shape[:3], 8))
-
-
-def _interleave_q5_0(blocks: Bytes) -> Bytes:
-    codes, _ = _codes(blocks, lambda b: packed.q5(b[:, 2:6], b[:, 6:]))
-    return np.concatenate([*_halves(blocks, 0), _nibbles(codes), _bits(codes, 4)], axis=-1)
-
-
-def _interleave_q5_1(blocks: Bytes) -> Bytes:
-    codes, _ = _codes(blocks, lambda b: packed.q5(b[:, 4:8], b[:, 8:]))
-    return np.concatenate([*_halves(blocks, 0, 2), _nibbles(codes), _bits(codes, 4)], axis=-1)
-
-
-def _interleave_k(
-    name: str, unpack: Callable[[Bytes], Packed], planes: Callable[[Bytes], list[Bytes]]
-) -> Callable[[Bytes], Bytes]:
-    """K types: 16 f16 a scale, then 8 times the sub-blocks' integers and the codes' planes."""
-
-    def interleave(blocks: Bytes) -> Bytes:
-        codes, parts = _codes(blocks, unpack)
-        groups, _, n, _ = blocks.shape
-        small = [p for p in _small(parts) if p is not None]
-        rows = [p.reshape(groups, LANES, n * 8, -1).transpose(0, 2, 3, 1) for p in small]
-        bodies = [r.reshape(groups, n * 8, -1) for r in rows] + planes(codes)
-        body = np.concatenate(bodies, axis=-1).reshape(groups, n, -1)
-        return np.concatenate([*_halves(blocks, *HALVES[name]), body], axis=-1)
+    def interleave(blocks: Bytes, out: Bytes) -> None:
+        at = _put_halves(out, blocks, HALVES[name])
+        _put(out, at, blocks[..., 2 * len(HALVES[name]) :], np.uint32)
+        if flip:
+            out[..., at:] ^= np.uint8(flip)
 
     return interleave
 
 
-def _small(parts: Packed) -> list[Bytes | None]:
-    """Sub-blocks' scales and minima as bytes; where both fit four bits, in one."""
-    assert parts.scales is not None
-    scales = parts.scales.view(np.uint8)
-    if parts.minima is not None and parts.scales.shape[1] == 16:
-        return [scales | parts.minima << np.uint8(4)]
-    return [scales, parts.minima]
+def _five_bits(name: str) -> Interleave:
+    """Q5_0 and Q5_1: nibbles as in the file, and a plane of fifth bits."""
+
+    def interleave(blocks: Bytes, out: Bytes) -> None:
+        at, start = _put_halves(out, blocks, HALVES[name]), 2 * len(HALVES[name])
+        high, low = blocks[..., start : start + 4], blocks[..., start + 4 :]
+        at = _put(out, at, low, np.uint32)
+        fifth = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
+        _put(out, at, _bits(fifth, 0), np.uint32)
+
+    return interleave
+
+
+# Planes: the codes of 32 columns, (..., 32), in the bytes of a row that `_put` then moves.
+
+
+def _nibbles(codes: Bytes) -> Bytes:
+    """16 bytes: columns 0..15 in the low halves, 16..31 in the high ones."""
+    four = np.uint8(15)
+    return codes[..., :16] & four | (codes[..., 16:] & four) << np.uint8(4)
+
+
+def _bits(codes: Bytes, place: int) -> Bytes:
+    """4 bytes of one bit of the codes; see `pieces_quants.add_bits`."""
+    bits = codes.reshape(*codes.shape[:-1], 8, 4) >> np.uint8(place) & np.uint8(1)
+    shifted = bits << np.arange(8, dtype=np.uint8)[:, None]
+    joined: Bytes = np.bitwise_or.reduce(shifted, axis=-2)
+    return joined
+
+
+def _pairs(codes: Bytes, place: int) -> Bytes:
+    """8 bytes of two bits of the codes; see `pieces_quants.load_pairs`."""
+    pairs = codes.reshape(*codes.shape[:-1], 2, 4, 4) >> np.uint8(place) & np.uint8(3)
+    shifted = pairs << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    joined: Bytes = np.bitwise_or.reduce(shifted, axis=-2)  # (..., 2, 4)
+    return joined.reshape(*codes.shape[:-1], 8)
 
 
 def _k_layout(
     name: str, part: int, unpack: Callable[[Bytes], Packed], *planes: Callable[[Bytes], Bytes]
 ) -> Layout:
-    """`part`: bytes of 32 columns of 16 rows."""
-    interleave = _interleave_k(name, unpack, lambda codes: [plane(codes) for plane in planes])
+    """K types: 16 f16 a scale, then eight parts of 32 columns of `part` bytes each.
+
+    A part holds its sub-blocks' small integers, and the planes of its codes.
+    """
     header = 2 * LANES * len(HALVES[name])
+
+    def interleave(blocks: Bytes, out: Bytes) -> None:
+        _put_halves(out, blocks, HALVES[name])
+        shape = (*blocks.shape[:3], 8, -1)  # (groups, 16, n, parts, of each)
+        integers = unpack(blocks.reshape(-1, blocks.shape[-1]))
+        body = out[..., header:].reshape(*out.shape[:2], 8, part)
+        at = 0
+        for small in _small(integers):
+            at = _put(body, at, small.reshape(shape), np.uint8)
+        codes = integers.codes.reshape(shape)
+        for plane in planes:
+            at = _put(body, at, plane(codes), np.uint32)
+
     return Layout(256, header + 8 * part, abi.Q8_RECORD, interleave, records=8)
 
 
-def _interleave_floats(size: int) -> Callable[[Bytes], Bytes]:
-    def interleave(blocks: Bytes) -> Bytes:
-        """(groups, 16, columns, size) → (groups, columns / 8, 8 * 16 * size)."""
-        groups, _, columns, _ = blocks.shape
-        by_column = blocks.transpose(0, 2, 1, 3)  # (groups, columns, 16, size)
-        return by_column.reshape(groups, columns // 8, 8 * LANES * size)
+def _small(integers: Packed) -> list[Bytes]:
+    """Sub-blocks' scales and minima as bytes; where both fit four bits, in one."""
+    assert integers.scales is not None
+    scales = integers.scales.view(np.uint8)
+    if integers.minima is None:
+        return [scales]
+    if scales.shape[1] == 16:
+        return [scales | integers.minima << np.uint8(4)]
+    return [scales, integers.minima]
 
-    return interleave
 
+def _floats(word: type, size: int) -> Layout:
+    def interleave(blocks: Bytes, out: Bytes) -> None:
+        """A block of the file is one number: (groups, 16, columns, size)."""
+        _put(out.reshape(len(out), blocks.shape[2], LANES * size), 0, blocks, word)
 
-def _floats(size: int) -> Layout:
     columns = abi.F32_COLUMNS
-    return Layout(columns, columns * LANES * size, abi.F32_RECORD, _interleave_floats(size))
+    return Layout(columns, columns * LANES * size, abi.F32_RECORD, interleave)
 
 
 LAYOUTS = {
-    "Q4_0": Layout(32, 288, abi.Q8_RECORD, _interleave_q4_0),
-    "Q4_1": Layout(32, 320, abi.Q8_RECORD, _interleave_q4_1),
-    "Q8_0": Layout(32, 544, abi.Q8_RECORD, _interleave_q8_0),
-    "Q5_0": Layout(32, 352, abi.Q8_RECORD, _interleave_q5_0),
-    "Q5_1": Layout(32, 384, abi.Q8_RECORD, _interleave_q5_1),
-    "IQ4_NL": Layout(32, 288, abi.Q8_RECORD, _interleave_q4_0),
+    "Q4_0": Layout(32, 288, abi.Q8_RECORD, _plain("Q4_0")),
+    "Q4_1": Layout(32, 320, abi.Q8_RECORD, _plain("Q4_1")),
+    "Q8_0": Layout(32, 544, abi.Q8_RECORD, _plain("Q8_0", flip=128)),
+    "Q5_0": Layout(32, 352, abi.Q8_RECORD, _five_bits("Q5_0")),
+    "Q5_1": Layout(32, 384, abi.Q8_RECORD, _five_bits("Q5_1")),
+    "IQ4_NL": Layout(32, 288, abi.Q8_RECORD, _plain("IQ4_NL")),
     "Q2_K": _k_layout("Q2_K", 160, packed.q2_k, partial(_pairs, place=0)),
     "Q3_K": _k_layout("Q3_K", 224, packed.q3_k, partial(_pairs, place=0), partial(_bits, place=2)),
     "Q4_K": _k_layout("Q4_K", 288, packed.q4_k, _nibbles),
     "Q5_K": _k_layout("Q5_K", 352, packed.q5_k, _nibbles, partial(_bits, place=4)),
     "Q6_K": _k_layout("Q6_K", 416, packed.q6_k, _nibbles, partial(_pairs, place=4)),
-    "F16": _floats(2),
-    "BF16": _floats(2),
-    "F32": _floats(4),
+    "F16": _floats(np.uint16, 2),
+    "BF16": _floats(np.uint16, 2),
+    "F32": _floats(np.uint32, 4),
 }
 
 
@@ -211,5 +211,5 @@ def repack(type_name: str, raw: Bytes, columns: int, out: Bytes) -> None:
         room = np.zeros((groups * LANES, wide, kind.size), np.uint8)
         room[:rows, :blocks] = whole
         whole = room
-    moved = layout.interleave(whole.reshape(groups, LANES, wide, kind.size))
-    out[:] = moved.reshape(-1)
+    rows_of_groups = whole.reshape(groups, LANES, wide, kind.size)
+    layout.interleave(rows_of_groups, out.reshape(groups, -1, layout.block_bytes))
