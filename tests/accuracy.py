@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 TEXT = Path(__file__).parent / "data" / "english.txt"
 POSITIONS = 256  # teacher-forced tokens of TEXT
+REFERENCE_POSITIONS = slice(7, None, 8)  # of these, where the float64 reference is stored
 TOP = 128  # likeliest tokens that a stored distribution keeps
 
 

@@ -1,4 +1,4 @@
-"""Write tests/data/smollm2_llamacpp.npz: what llama.cpp makes of the fixed English text.
+"""Write tests/data/smollm2_llamacpp.npz: what llama.cpp and the reference make of a fixed text.
 
     python tests/make_llamacpp_fixture.py MODEL.gguf
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from accuracy import POSITIONS, TEXT, distance, kept, log_probabilities
+from accuracy import POSITIONS, REFERENCE_POSITIONS, TEXT, distance, kept, log_probabilities
 
 import edgellama
 
@@ -19,11 +19,11 @@ FIXTURE = TEXT.parent / "smollm2_llamacpp.npz"
 
 
 def main(model: Path) -> None:
-    theirs = logits(model, "llama.cpp")
-    ours = logits(model, "reference")
-    p, q = log_probabilities(ours), log_probabilities(theirs)
+    p = log_probabilities(logits(model, "reference", "float64"))
+    q = log_probabilities(logits(model, "llama.cpp"))
     far = distance(p, q)
     ids, logprobs = kept(q)
+    reference_ids, reference_logprobs = kept(p[REFERENCE_POSITIONS])
     about = {
         "llama_cpp_python": version(),
         "model_sha256": sha256(model),
@@ -34,12 +34,19 @@ def main(model: Path) -> None:
         "max_kl": far.largest,
         "top1": far.top1,
     }
-    np.savez_compressed(FIXTURE, ids=ids, logprobs=logprobs, about=np.array(json.dumps(about)))
+    np.savez_compressed(
+        FIXTURE,
+        ids=ids,
+        logprobs=logprobs,
+        reference_ids=reference_ids,
+        reference_logprobs=reference_logprobs,
+        about=np.array(json.dumps(about)),
+    )
     print(json.dumps(about, indent=2), FIXTURE.stat().st_size, "bytes")
 
 
-def logits(path: Path, runtime: str) -> np.ndarray:
-    with edgellama.load(path, runtime=runtime, context=POSITIONS) as model:
+def logits(path: Path, runtime: str, dtype: str | None = None) -> np.ndarray:
+    with edgellama.load(path, runtime=runtime, dtype=dtype, context=POSITIONS) as model:
         ids = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:POSITIONS]
         return model.session().forward(ids, all_logits=True)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from accuracy import (
     POSITIONS,
+    REFERENCE_POSITIONS,
     TEXT,
     bucketed,
     distance,
@@ -56,10 +57,10 @@ def cpu(default_model: Path, ids: list[int]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def stored(default_model: Path) -> dict[str, Any]:
-    """What llama.cpp gave for the same text and model."""
+    """What llama.cpp and the float64 reference gave for the same text and model."""
     with np.load(FIXTURE) as arrays:
         about = json.loads(str(arrays["about"]))
-        kept = {"ids": arrays["ids"], "logprobs": arrays["logprobs"]}
+        kept = {name: arrays[name] for name in arrays if name != "about"}
     assert about["text_sha256"] == sha256(TEXT), "the text is not the fixture's: make it again"
     if about["model_sha256"] != sha256(default_model):
         pytest.skip("the fixture was made from another model than this one")
@@ -75,6 +76,15 @@ def test_as_near_the_reference_as_llama_cpp(
     ours = distance(log_probabilities(reference), log_probabilities(cpu))
     assert ours.mean <= max(5e-3, 1.1 * stored["mean_kl"]), ours
     assert ours.top1 >= stored["top1"] - 0.015, ours
+
+
+def test_the_reference_is_what_it_was(reference: np.ndarray, stored: dict[str, Any]) -> None:
+    """Live in float32 against stored in float64."""
+    before = with_rest(stored["reference_logprobs"])
+    assert before.shape == (POSITIONS // 8, 129)
+    now = log_probabilities(reference[REFERENCE_POSITIONS])
+    assert divergence(before, bucketed(now, stored["reference_ids"])).max() <= 1e-9
+    assert np.array_equal(now.argmax(axis=-1), stored["reference_ids"][:, 0])
 
 
 def test_near_llama_cpp_as_it_was_stored(cpu: np.ndarray, stored: dict[str, Any]) -> None:
