@@ -19,19 +19,16 @@ from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.runtimes import abi, kernel_cache, levels
 from edgellama.runtimes.base import Options
-from edgellama.runtimes.loading import Loader
+from edgellama.runtimes.cpu_weights import Weights
 from edgellama.runtimes.program import (
     CHUNK,
     ROWS,
     CacheShape,
-    Matrix,
     aligned,
     kernel_names,
     lower,
-    products,
     scratch_bytes,
 )
-from edgellama.runtimes.repack import padded, repack, repacked_bytes
 from edgellama.runtimes.team import Team, give_up_core
 from edgellama.weights import rope_factors
 
@@ -57,7 +54,7 @@ class Cpu:
         types = {name: file.tensors[name].type.name for name in graph.weights}
         names = kernel_names(graph, types)
         kernels = kernel_cache.addresses(names, self.level, options.progress)
-        self.weights = _Weights(file, graph, options)
+        self.weights = Weights(file, graph, options)
         self.warnings = self.weights.warnings
         self.cache = CacheShape(
             config.n_layers,
@@ -108,59 +105,6 @@ class Cpu:
             self.closed = True
             self.team.close()
             self.weights.free()
-
-
-class _Weights:
-    """The graph's weights in memory: matrices repacked, vectors padded."""
-
-    def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
-        infos = {name: file.tensors[name] for name in graph.weights}
-        loader = Loader(file, options, sum(info.n_bytes for info in infos.values()))
-        self.matrices: dict[str, Matrix] = {}
-        self.vectors: dict[str, NDArray[np.float32]] = {}
-        self.rooms: list[NDArray[np.uint8]] = []
-        for group in self._neighbours(graph):
-            self._load_group(loader, group)
-        for name, info in infos.items():
-            if len(info.shape) == 1:
-                vector = aligned(padded(info.shape[0], abi.BLOCK) * 4).view(np.float32)
-                vector[: info.shape[0]] = loader.array(name)
-                self.vectors[name] = vector
-        self.warnings = loader.warnings
-        self.n_bytes = sum(room.nbytes for room in self.rooms)
-        self.n_bytes += sum(vector.nbytes for vector in self.vectors.values())
-
-    @staticmethod
-    def _neighbours(graph: Graph) -> list[list[str]]:
-        """Names of matrices, those that share an input together, so that they can be fused."""
-        groups = [[node.weight or "" for node in group] for group in products(graph)]
-        known = {name for group in groups for name in group}
-        lookups = [n.weight for n in graph.nodes if n.op == "embed" and n.weight]
-        return [[name] for name in lookups if name not in known] + groups
-
-    def _load_group(self, loader: Loader, names: list[str]) -> None:
-        infos = [loader.file.tensors[name] for name in names]
-        sizes = [repacked_bytes(i.type.name, i.shape[0], i.shape[1]) for i in infos]
-        room = aligned(sum(sizes))
-        self.rooms.append(room)
-        start = 0
-        for name, info, size in zip(names, infos, sizes, strict=True):
-            self._load_matrix(loader, name, room[start : start + size])
-            address = room.ctypes.data + start
-            self.matrices[name] = Matrix(info.type.name, info.shape[0], info.shape[1], address)
-            start += size
-
-    @staticmethod
-    def _load_matrix(loader: Loader, name: str, out: NDArray[np.uint8]) -> None:
-        info = loader.file.tensors[name]
-        kind, columns = info.type.name, info.shape[1]
-        group = repacked_bytes(kind, abi.LANES, columns)
-        for first, raw in loader.pieces(name, abi.LANES):
-            at = first // abi.LANES * group
-            repack(kind, raw, columns, out[at : at + repacked_bytes(kind, len(raw), columns)])
-
-    def free(self) -> None:
-        self.rooms, self.matrices = [], {}
 
 
 class Angles:

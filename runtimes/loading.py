@@ -16,7 +16,7 @@ from edgellama.quantize.blocks import decode
 from edgellama.runtimes.base import Options
 from edgellama.weights import check_finite
 
-PIECE = 8 << 20  # bytes read at once
+PIECE = 2 << 20  # bytes read at once: small enough to stay in cache until repacked
 
 
 @dataclass

@@ -11,6 +11,7 @@ this module writes.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,14 +49,14 @@ class Layout:
         return self.record_bytes == abi.Q8_RECORD
 
 
-def _put(out: Bytes, at: int, rows: Bytes, word: type) -> int:
+def _put(out: Bytes, at: int, rows: Bytes, word: type[np.unsignedinteger[Any]]) -> int:
     """Move rows, (groups, 16, ..., bytes), to out[..., at:]: word by word, 16 rows side by side.
 
     Gives where the next field begins.
     """
-    words = rows.view(word)
-    end = at + LANES * rows.shape[-1]
-    target = out[..., at:end].view(word)  # (groups, ..., words of a row * 16)
+    words: NDArray[Any] = rows.view(word)
+    end: int = at + LANES * rows.shape[-1]
+    target: NDArray[Any] = out[..., at:end].view(word)  # (groups, ..., words of a row * 16)
     target.reshape(*target.shape[:-1], -1, LANES)[...] = np.moveaxis(words, 1, -1)
     return end
 
@@ -153,7 +154,7 @@ def _small(integers: Packed) -> list[Bytes]:
     return [scales, integers.minima]
 
 
-def _floats(word: type, size: int) -> Layout:
+def _floats(word: type[np.unsignedinteger[Any]], size: int) -> Layout:
     def interleave(blocks: Bytes, out: Bytes) -> None:
         """A block of the file is one number: (groups, 16, columns, size)."""
         _put(out.reshape(len(out), blocks.shape[2], LANES * size), 0, blocks, word)
