@@ -15,6 +15,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 demo: $(VENV)/ready
 	@$(BIN)/edgellama pull
+	@printf '\n>>> %s\n' "$(PROMPT)"
 	@$(BIN)/edgellama run smollm2-135m-instruct --temperature 0 --max-tokens 100 "$(PROMPT)"
 
 test: $(VENV)/ready-dev

@@ -170,7 +170,7 @@ def foreign(cursor: Cursor, head: bytes) -> EdgeLlamaError:
     return cursor.error(problem, field="magic", value=magic, allowed="GGUF", hint=hint)
 
 
-_CONVERT = "Convert the checkpoint's folder with `edgellama quantize`"
+_CONVERT = "Convert the checkpoint to GGUF first, or find a .gguf file of this model"
 _FOREIGN = (  # first bytes, what the file is, what to do
     (b"version https://git-lfs", "a Git LFS pointer", "Run `git lfs pull` to fetch the model"),
     (b"PK\x03\x04", "a zip archive, perhaps a PyTorch checkpoint", _CONVERT),

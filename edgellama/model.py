@@ -5,7 +5,7 @@ Knows nothing about operators, formats of weights or terminals.
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -131,9 +131,16 @@ class Model:
         if isinstance(prompt, str):
             bos = self.tokenizer.add_bos
             ids = self.tokenizer.encode(prompt, special=special, bos=bos)
-        else:
+        elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray):
             ids = list(prompt)
-        own = session or self.session()
+        else:
+            raise ParameterError(
+                f"prompt is {type(prompt).__name__}; expected text or token ids",
+                field="prompt",
+                value=shown(prompt),
+                allowed="a str or a sequence of ids",
+            )
+        own = self._own(session)
         return own.generate(ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel)
 
     def chat(
@@ -156,11 +163,19 @@ class Model:
         """
         if overflow != "error":
             raise ParameterError(f"overflow = {shown(overflow)}; allowed: error", field="overflow")
-        own = session or self.session()
+        own = self._own(session)
         ids = self.chat_ids(messages, template=template)
         return own.generate(
             ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, continuing=False
         )
+
+    def _own(self, session: Session | None) -> Session:
+        """The session given, or a new one; another model's holds other keys and values."""
+        if session is None:
+            return self.session()
+        if session.model is not self:
+            raise ParameterError("the session belongs to another model", field="session")
+        return session
 
     def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None

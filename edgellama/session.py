@@ -31,6 +31,11 @@ class Session:
         self._closed = False
 
     @property
+    def model(self) -> "Model":
+        """The model it was opened on."""
+        return self._model
+
+    @property
     def position(self) -> int:
         """Tokens in the cache."""
         return self._runtime_session.position

@@ -36,7 +36,7 @@ def tree_modules(root: Path) -> set[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tree as it would be checked out: nothing built lies in it."""
     copy = tmp_path_factory.mktemp("source")
-    for name in (*FOLDERS, "tests", "docs"):
+    for name in (*FOLDERS, "tests", "docs", "benchmarks"):
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns(*NOT_SOURCE)
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
@@ -81,7 +81,7 @@ def test_source_distribution_holds_the_tests(source: Path, built: Path) -> None:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tests = {f"tests/{path.name}" for path in (source / "tests").glob("*.py")}
     assert tests <= names
-    assert {"tests/conftest.py", "Makefile", "LICENSE"} <= names
+    assert {"tests/conftest.py", "benchmarks/compare.py", "Makefile", "LICENSE"} <= names
 
 
 def test_installed_wheel_works_outside_the_tree(wheel: Path, tmp_path: Path) -> None:

@@ -281,3 +281,16 @@ def test_a_dropped_model_leaves_no_threads(path: Path) -> None:
             break
         threading.Event().wait(0.05)
     assert threading.active_count() == before
+
+
+def test_a_session_of_another_model_is_refused(model: Model, path: Path) -> None:
+    with edgellama.load(path, runtime="reference", context=CONTEXT) as other:
+        for call in (model.generate, model.chat):
+            with pytest.raises(ParameterError, match="another model"):
+                call([1, 2], session=other.session())
+
+
+@pytest.mark.parametrize("prompt", [None, b"abc", 5])
+def test_a_prompt_is_text_or_ids(model: Model, prompt: Any) -> None:
+    with pytest.raises(ParameterError, match="expected text or token ids"):
+        model.generate(prompt)
