@@ -50,7 +50,8 @@ def load(
     runtime: "cpu" (the default), "reference" (NumPy, slow) or "llama.cpp" (needs the extra).
     threads: None for the physical cores within affinity and cgroup quota.
     context: tokens a session can hold; None for the model's own, or what fits 80 % of the
-    memory available, in steps of 256. kv_type: "f16" or "f32", how keys and values are kept.
+    memory available, in steps of 256. kv_type: "f16", "f32" or "q8_0", how
+    keys and values are kept.
     dtype: reference only, "float32" or "float64". deterministic: cpu only; the same bits for
     any chunking, prefill or decode (this release's cpu runtime always gives them).
     progress: called with (done, total, what).
@@ -152,7 +153,8 @@ def _context(wanted: int | None, config: ModelConfig, file: GGUF, kv_type: str) 
     if wanted is not None:
         require_integer("context", wanted, 1, config.context_length)
     weights = sum(info.n_bytes for info in file.tensors.values())
-    per_token = 2 * config.n_layers * config.kv_dim * (4 if kv_type == "f32" else 2)
+    numbers = 2 * config.n_layers * config.kv_dim  # a token's keys and values
+    per_token = {"f32": numbers * 4, "q8_0": numbers * 34 // 32}.get(kv_type, numbers * 2)
     least = wanted or min(CONTEXT_STEP, config.context_length)
     available = available_memory()
     if available is None:

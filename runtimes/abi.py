@@ -53,6 +53,21 @@ Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = 32, 64, 72, 80
 Q8_SCALED_SUM, Q8_FINE_SUM = 88, 92
 F32_RECORD, F32_COLUMNS = 32, 8
 
+KV_F32, KV_F16, KV_Q8_0 = 0, 1, 2  # how keys and values are kept
 ATTENTION_BLOCK = 64  # cache positions that lie together, and that a softmax step takes at once
 ATTENTION_SPLIT = 1024  # cache positions summed by themselves
 TILE = 32  # tokens that share one reading of 16 weight rows
+
+
+def key_bytes(kind: int, head_dim: int) -> int:
+    """Of 16 positions of one head's keys: columns of 16, for Q8_0 with 16 f16 a 32 columns."""
+    if kind == KV_Q8_0:
+        return (head_dim + BLOCK - 1) // BLOCK * (BLOCK * LANES + 2 * LANES)
+    return head_dim * LANES * (4 - 2 * kind)
+
+
+def value_bytes(kind: int, head_dim: int) -> int:
+    """Of one position of one head's values; for Q8_0 an f16 scale, then 32 codes, and so on."""
+    if kind == KV_Q8_0:
+        return (head_dim + BLOCK - 1) // BLOCK * (BLOCK + 2)
+    return (head_dim + LANES - 1) // LANES * LANES * (4 - 2 * kind)

@@ -6,12 +6,14 @@ loading: see `kernel_cache.py`. The only module, with those it compiles, that im
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llvmlite.binding as llvm
 import numba
 from numba import types
+from numba.core import registry
 
 from edgellama.runtimes.levels import Level
 
@@ -70,9 +72,27 @@ def _translate(function: Callable[..., Any], n: int) -> tuple[str, str]:
     njit: Any = numba.njit  # its types leave out the last two options
     dispatcher = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     signature = (types.int64,) * n
-    dispatcher.compile(signature)
+    with _code_generated_from_copies():
+        dispatcher.compile(signature)
     compiled = dispatcher.overloads[signature]
     return compiled.fndesc.llvm_func_name, compiled.library.get_llvm_str()
+
+
+@contextmanager
+def _code_generated_from_copies() -> Iterator[None]:
+    """Keep what Numba compiles as its optimizer left it.
+
+    Generating machine code, which Numba does at once, rewrites a module in place for the machine
+    at hand. That may no longer be optimized: an address is split into a base of integer 0 and an
+    offset, and the optimizer takes a base of 0 for impossible.
+    """
+    codegen: Any = registry.cpu_target.target_context.codegen()
+    add_module = codegen._add_module
+    codegen._add_module = lambda module: add_module(module.clone())
+    try:
+        yield
+    finally:
+        del codegen._add_module  # the method of its class shows again
 
 
 def _initialize() -> None:

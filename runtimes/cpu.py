@@ -32,7 +32,7 @@ from edgellama.runtimes.program import (
 from edgellama.runtimes.team import Team, give_up_core
 from edgellama.weights import rope_factors
 
-KV_TYPES = ("f16", "f32")
+KV_TYPES = {"f32": abi.KV_F32, "f16": abi.KV_F16, "q8_0": abi.KV_Q8_0}
 ANGLES_AT_ONCE = 1024  # positions whose cosines are computed together
 
 
@@ -61,7 +61,7 @@ class Cpu:
             config.n_kv_heads,
             config.head_dim,
             options.context,
-            options.kv_type == "f16",
+            KV_TYPES[options.kv_type],
         )
         self.program = lower(
             graph, self.weights.matrices, self.weights.vectors, kernels, self.cache

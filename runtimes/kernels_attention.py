@@ -2,7 +2,8 @@
 
 The cache lies in blocks of 64 positions, each with all layers: memory is touched as positions
 fill. Of one layer a block holds every head's keys, (4, head_dim, 16), so that one vector holds 16
-positions, and then every head's values, (64, head_dim rounded up to 16).
+positions, and then every head's values, (64, head_dim rounded up to 16). Kept as Q8_0, 32 columns
+of a position share an f16 scale; `abi.py` has the sizes.
 
 Units, signature and slow twins as in `kernels.py`.
 """
@@ -15,7 +16,9 @@ from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.kernels import argument, exp
 
-WORD, ARGS, LANES = abi.WORD, abi.ARGS, abi.LANES
+WORD, ARGS, LANES, BLOCK = abi.WORD, abi.ARGS, abi.LANES, abi.BLOCK
+F16, Q8_0 = abi.KV_F16, abi.KV_Q8_0
+key_bytes, value_bytes = inline(abi.key_bytes), inline(abi.value_bytes)
 KEYS_AT_ONCE, SPLIT = abi.ATTENTION_BLOCK, abi.ATTENTION_SPLIT
 LEAST = -3.0e38  # below every score, and still a number: its exponential is 0
 
@@ -41,19 +44,21 @@ def rotate(x: int, angles: int, pairs: int) -> None:
 def rope(instruction: int, state: int, first: int, last: int, thread: int) -> None:
     """Turn queries and keys, and put keys and values into the cache. Unit: a head of a token.
 
-    Arguments: q, k, v, stride, n_heads, n_kv_heads, head_dim, pairs, half precision (0 or 1), and
-    of the cache: bytes from its block to this layer, bytes of a block.
+    Arguments: q, k, v, stride, n_heads, n_kv_heads, head_dim, pairs, and of the cache: how numbers
+    are kept, bytes from its block to this layer, bytes of a block.
     """
     q, k, v = argument(instruction, 0), argument(instruction, 1), argument(instruction, 2)
     stride, n_heads = argument(instruction, 3), argument(instruction, 4)
     n_kv_heads, head_dim = argument(instruction, 5), argument(instruction, 6)
-    pairs, half = argument(instruction, 7), argument(instruction, 8)
+    pairs, kind = argument(instruction, 7), argument(instruction, 8)
     cache = memory.load_i64(state + abi.CACHE * WORD) + argument(instruction, 9)
     block_bytes = argument(instruction, 10)
     angles = memory.load_i64(state + abi.ANGLES * WORD)
     start = memory.load_i64(state + abi.START * WORD)
+    scratch = memory.load_i64(state + abi.SCRATCH * WORD)
+    scratch += thread * memory.load_i64(state + abi.SCRATCH_BYTES * WORD)
     per_token = n_heads + n_kv_heads
-    size = 4 - 2 * half
+    key, value = key_bytes(kind, head_dim), value_bytes(kind, head_dim)
     for unit in range(first, last):
         token, head = unit // per_token, unit % per_token
         position = start + token
@@ -61,60 +66,102 @@ def rope(instruction: int, state: int, first: int, last: int, thread: int) -> No
         if head < n_heads:
             rotate(q + token * stride + head * head_dim * 4, turn, pairs)
             continue
-        at = token * stride + (head - n_heads) * head_dim * 4
+        head -= n_heads
+        at = token * stride + head * head_dim * 4
         rotate(k + at, turn, pairs)
-        block = cache + position // KEYS_AT_ONCE * block_bytes
-        keys = block + (head - n_heads) * KEYS_AT_ONCE * head_dim * size
-        values = block + n_kv_heads * KEYS_AT_ONCE * head_dim * size
-        values += (head - n_heads) * KEYS_AT_ONCE * padded_head(head_dim) * size
-        store_key(k + at, keys, position % KEYS_AT_ONCE, head_dim, half)
-        store_value(v + at, values, position % KEYS_AT_ONCE, head_dim, half)
+        block, index = cache + position // KEYS_AT_ONCE * block_bytes, position % KEYS_AT_ONCE
+        keys = block + (head * 4 + index // LANES) * key
+        values = block + n_kv_heads * 4 * key + (head * KEYS_AT_ONCE + index) * value
+        if kind == Q8_0:
+            store_key_q8(k + at, keys, index % LANES, head_dim, scratch)
+            store_value_q8(v + at, values, head_dim, scratch)
+        else:
+            for i in range(head_dim):
+                store_cached(keys, i * LANES + index % LANES, memory.load_f32(k + at + i * 4), kind)
+                store_cached(values, i, memory.load_f32(v + at + i * 4), kind)
 
 
 @inline
-def store_key(x: int, keys: int, position: int, head_dim: int, half: int) -> None:
-    """One key: a column of its 16 positions."""
-    at = position // LANES * head_dim * LANES + position % LANES
-    for i in range(head_dim):
-        store_cached(keys, at + i * LANES, memory.load_f32(x + i * 4), half)
-
-
-@inline
-def store_value(x: int, values: int, position: int, head_dim: int, half: int) -> None:
-    """One value: a row of its own; the padding behind it holds zeros from the start."""
-    at = position * padded_head(head_dim)
-    for i in range(head_dim):
-        store_cached(values, at + i, memory.load_f32(x + i * 4), half)
-
-
-@inline
-def store_cached(base: int, index: int, value: Any, half: int) -> None:
-    if half != 0:
+def store_cached(base: int, index: int, value: Any, kind: int) -> None:
+    """One number; the padding behind a position's values holds zeros from the start."""
+    if kind == F16:
         memory.store_f16(base + index * 2, value)
     else:
         memory.store_f32(base + index * 4, value)
+
+
+@inline
+def quantize32(x: int, count: int, scale_at: int, scratch: int) -> None:
+    """The next 32 of `count` numbers, or zeros, as int8 codes at scratch + 128, and their scale."""
+    for i in range(BLOCK):
+        memory.store_f32(scratch + i * 4, memory.load_f32(x + i * 4) if i < count else float32(0.0))
+    a, b = memory.load_f32x16(scratch), memory.load_f32x16(scratch + 64)
+    largest = simd.max_f32(simd.maximum(simd.absolute(a), simd.absolute(b)))
+    memory.store_f16(scale_at, largest / float32(127.0))
+    scale = memory.load_f16(scale_at)  # as it is kept
+    inverse = float32(1.0) / scale if scale > float32(0.0) else float32(0.0)
+    memory.store_as_i8x16(scratch + 128, simd.round_i32(simd.mul(a, simd.splat_f32(inverse))))
+    memory.store_as_i8x16(scratch + 144, simd.round_i32(simd.mul(b, simd.splat_f32(inverse))))
+
+
+@inline
+def store_key_q8(x: int, keys: int, lane: int, head_dim: int, scratch: int) -> None:
+    """Of each 32 columns: 32 rows of 16 positions' codes, then their 16 scales."""
+    for i in range(0, head_dim, BLOCK):
+        to = keys + i * (LANES + 1)
+        quantize32(x + i * 4, head_dim - i, to + BLOCK * LANES + lane * 2, scratch)
+        for j in range(BLOCK):
+            memory.store_u8(to + j * LANES + lane, memory.load_u8(scratch + 128 + j))
+
+
+@inline
+def store_value_q8(x: int, values: int, head_dim: int, scratch: int) -> None:
+    for i in range(0, head_dim, BLOCK):
+        to = values + i // BLOCK * (BLOCK + 2)
+        quantize32(x + i * 4, head_dim - i, to, scratch)
+        for j in range(BLOCK):
+            memory.store_u8(to + 2 + j, memory.load_u8(scratch + 128 + j))
 
 
 # --- attention -----------------------------------------------------------------------------------
 
 
 @inline
-def load_cached(address: int, half: int) -> Any:
+def load_cached(address: int, kind: int) -> Any:
     """Sixteen cached numbers as float32."""
-    if half != 0:
+    if kind == F16:
         return memory.load_f16x16(address)
     return memory.load_f32x16(address)
 
 
 @inline
-def score16(query: int, keys: int, head_dim: int, half: int) -> Any:
+def score16(query: int, keys: int, head_dim: int, kind: int) -> Any:
     """Dot products of one query with 16 keys."""
-    size = 4 - 2 * half
     total = simd.splat_f32(float32(0.0))
+    if kind == Q8_0:
+        for i in range(0, head_dim, BLOCK):
+            at, part = keys + i * (LANES + 1), simd.splat_f32(float32(0.0))
+            for j in range(min(BLOCK, head_dim - i)):
+                column = simd.splat_f32(memory.load_f32(query + (i + j) * 4))
+                part = simd.fma(memory.load_i8x16(at + j * LANES), column, part)
+            total = simd.fma(part, memory.load_f16x16(at + BLOCK * LANES), total)
+        return total
+    size = LANES * (4 - 2 * kind)
     for i in range(head_dim):
-        key = load_cached(keys + i * LANES * size, half)
-        total = simd.fma(key, simd.splat_f32(memory.load_f32(query + i * 4)), total)
+        column = simd.splat_f32(memory.load_f32(query + i * 4))
+        total = simd.fma(load_cached(keys + i * size, kind), column, total)
     return total
+
+
+@inline
+def add_value(total: Any, weight: Any, values: int, column: int, kind: int) -> Any:
+    """total + weight times columns column..column+15 of one position's values."""
+    if kind == Q8_0:
+        at = values + column // BLOCK * (BLOCK + 2)
+        scaled = simd.splat_f32(weight * memory.load_f16(at))
+        return simd.fma(memory.load_i8x16(at + 2 + column % BLOCK), scaled, total)
+    value = load_cached(values + column * (4 - 2 * kind), kind)
+    return simd.fma(value, simd.splat_f32(weight), total)
 
 
 @inline
@@ -128,7 +175,7 @@ def clear(part: int, width: int) -> None:
 
 @inline
 def attend_block(
-    query: int, part: int, keys: int, values: int, low: int, high: int, head_dim: int, half: int,
+    query: int, part: int, keys: int, values: int, low: int, high: int, head_dim: int, kind: int,
     scratch: int,
 ) -> None:  # fmt: skip
     """Add positions low..high-1 of one block of the cache to one query's sums.
@@ -137,12 +184,13 @@ def attend_block(
     values, (head_dim rounded up to 16); 16 partial sums of the weights; and the largest score,
     which all of them are relative to.
     """
-    size, width = 4 - 2 * half, padded_head(head_dim)
+    width = padded_head(head_dim)
     sums = part + width * 4
+    key, value = key_bytes(kind, head_dim), value_bytes(kind, head_dim)
     previous = memory.load_f32(sums + 64)
     peak = simd.splat_f32(previous)
     for i in range(low // LANES * LANES, high, LANES):
-        score = score16(query, keys + i * head_dim * size, head_dim, half)
+        score = score16(query, keys + i // LANES * key, head_dim, kind)
         index = simd.add(simd.lane_numbers(), simd.splat_i32(int32(i)))
         score = simd.keep_lanes(index, int32(low), int32(high), score)
         memory.store_f32x16(scratch + i * 4, score)
@@ -159,9 +207,8 @@ def attend_block(
     for i in range(0, width, LANES):
         total = simd.mul(memory.load_f32x16(part + i * 4), shrink)
         for position in range(low, high):
-            value = load_cached(values + (position * width + i) * size, half)
-            weight = simd.splat_f32(memory.load_f32(scratch + position * 4))
-            total = simd.fma(value, weight, total)
+            weight = memory.load_f32(scratch + position * 4)
+            total = add_value(total, weight, values + position * value, i, kind)
         memory.store_f32x16(part + i * 4, total)
 
 
@@ -188,24 +235,24 @@ def copy_scaled(x: int, to: int, n: int, scale: Any) -> None:
 @inline
 def attend_split(
     queries: int, to: int, step: int, group: int, cache: int, block_bytes: int, head: int,
-    n_kv_heads: int, begin: int, end: int, head_dim: int, half: int, scratch: int,
+    n_kv_heads: int, begin: int, end: int, head_dim: int, kind: int, scratch: int,
 ) -> None:  # fmt: skip
     """Sums over positions begin..end-1 for the queries of one key head, `step` bytes apart.
 
     The queries take turns at each block of 64 positions, which stays in the nearest cache.
     """
-    size, width = 4 - 2 * half, padded_head(head_dim)
+    key, value = key_bytes(kind, head_dim), value_bytes(kind, head_dim)
     for i in range(group):
-        clear(to + i * step, width)
+        clear(to + i * step, padded_head(head_dim))
     for block in range(begin // KEYS_AT_ONCE, (end + KEYS_AT_ONCE - 1) // KEYS_AT_ONCE):
         at = cache + block * block_bytes
-        keys = at + head * KEYS_AT_ONCE * head_dim * size
-        values = at + (n_kv_heads * head_dim + head * width) * KEYS_AT_ONCE * size
+        keys = at + head * 4 * key
+        values = at + n_kv_heads * 4 * key + head * KEYS_AT_ONCE * value
         low = max(int64(0), begin - block * KEYS_AT_ONCE)
         high = min(int64(KEYS_AT_ONCE), end - block * KEYS_AT_ONCE)
         for i in range(group):
             query, part = queries + i * head_dim * 4, to + i * step
-            attend_block(query, part, keys, values, low, high, head_dim, half, scratch)
+            attend_block(query, part, keys, values, low, high, head_dim, kind, scratch)
 
 
 def attention(instruction: int, state: int, first: int, last: int, thread: int) -> None:
@@ -216,23 +263,21 @@ def attention(instruction: int, state: int, first: int, last: int, thread: int) 
     only, each split of it is a unit of its own, so that all threads share a long cache, and
     `merge` joins them.
 
-    Arguments: q, q stride, parts, bytes of a part, n_kv_heads, heads per key head, head_dim, half
-    precision; of the cache: bytes from its block to this layer, bytes of a block; scale (float64);
-    window (positions, 0: all).
+    Arguments: q, q stride, parts, bytes of a part, n_kv_heads, heads per key head, head_dim; of
+    the cache: how numbers are kept, bytes from its block to this layer, bytes of a block; scale
+    (float64); window (positions, 0: all).
     """
     q, q_stride = argument(instruction, 0), argument(instruction, 1)
     parts, part_bytes = argument(instruction, 2), argument(instruction, 3)
     n_kv_heads, group = argument(instruction, 4), argument(instruction, 5)
-    head_dim, half = argument(instruction, 6), argument(instruction, 7)
+    head_dim, kind = argument(instruction, 6), argument(instruction, 7)
     cache = memory.load_i64(state + abi.CACHE * WORD) + argument(instruction, 8)
     block_bytes = argument(instruction, 9)
     scale = float32(memory.load_f64(instruction + (ARGS + 10) * WORD))
     window = argument(instruction, 11)
     start = memory.load_i64(state + abi.START * WORD)
-    splits, parallel = (
-        memory.load_i64(state + abi.SPLITS * WORD),
-        memory.load_i64(state + abi.PARALLEL * WORD),
-    )
+    splits = memory.load_i64(state + abi.SPLITS * WORD)
+    parallel = memory.load_i64(state + abi.PARALLEL * WORD)
     scratch = memory.load_i64(state + abi.SCRATCH * WORD)
     scratch += thread * memory.load_i64(state + abi.SCRATCH_BYTES * WORD)
     queries = scratch + KEYS_AT_ONCE * 4
@@ -241,9 +286,8 @@ def attention(instruction: int, state: int, first: int, last: int, thread: int) 
         token, head = unit // parallel // n_kv_heads, unit // parallel % n_kv_heads
         x = q + token * q_stride + head * group * head_dim * 4
         copy_scaled(x, queries, group * head_dim, scale)
-        part = (
-            parts + ((token * n_kv_heads + head) * group * parallel + unit % parallel) * part_bytes
-        )
+        query = (token * n_kv_heads + head) * group
+        part = parts + (query * parallel + unit % parallel) * part_bytes
         step = parallel * part_bytes
         stop = start + token + 1
         least = max(int64(0), stop - window) if window > 0 else int64(0)
@@ -251,10 +295,10 @@ def attention(instruction: int, state: int, first: int, last: int, thread: int) 
             begin, end = max(least, split * SPLIT), min(stop, (split + 1) * SPLIT)
             if split < parallel:
                 attend_split(queries, part, step, group, cache, block_bytes, head, n_kv_heads,
-                             begin, end, head_dim, half, scratch)  # fmt: skip
+                             begin, end, head_dim, kind, scratch)  # fmt: skip
             elif begin < end:
                 attend_split(queries, other, part_bytes, group, cache, block_bytes, head,
-                             n_kv_heads, begin, end, head_dim, half, scratch)  # fmt: skip
+                             n_kv_heads, begin, end, head_dim, kind, scratch)  # fmt: skip
                 for i in range(group):
                     join(part + i * step, other + i * part_bytes, padded_head(head_dim))
 

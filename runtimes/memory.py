@@ -142,6 +142,19 @@ def store_f16(b: Any, address: Any, value: Any) -> None:
     write(b, address, b.extract_element(halves, ir.Constant(ir.IntType(32), 0)), 2)
 
 
+@operation(f32(i64))
+def load_f16(b: Any, address: Any) -> Any:
+    """One half-precision number, widened."""
+    halves = splat(b, read(b, address, ir.IntType(16), 2))
+    wide = call(b, "edgellama.from_f16", f32x16.llvm, halves)
+    return b.extract_element(wide, ir.Constant(ir.IntType(32), 0))
+
+
+@operation(void(i64, i64))
+def store_u8(b: Any, address: Any, value: Any) -> None:
+    write(b, address, b.trunc(value, ir.IntType(8)), 1)
+
+
 @operation(void(i64, i32x16))
 def store_as_i8x16(b: Any, address: Any, value: Any) -> None:
     """The low byte of each lane."""

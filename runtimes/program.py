@@ -48,13 +48,14 @@ class CacheShape:
     n_kv_heads: int
     head_dim: int
     context: int
-    half: bool
+    kind: int  # abi.KV_F32, KV_F16 or KV_Q8_0
 
     @property
     def layer_bytes(self) -> int:
         """Of one layer in one block."""
-        columns = self.head_dim + padded(self.head_dim, abi.LANES)
-        return self.n_kv_heads * columns * abi.ATTENTION_BLOCK * (2 if self.half else 4)
+        keys = abi.ATTENTION_BLOCK // abi.LANES * abi.key_bytes(self.kind, self.head_dim)
+        values = abi.ATTENTION_BLOCK * abi.value_bytes(self.kind, self.head_dim)
+        return padded(self.n_kv_heads * (keys + values), 64)
 
     @property
     def block_bytes(self) -> int:
@@ -344,7 +345,7 @@ class _Lowering:
         config, cache = self.graph.config, self.cache
         assert node.layer is not None
         q, k, v = (self.places[name] for name in node.inputs)
-        where = (int(cache.half), node.layer * cache.layer_bytes, cache.block_bytes)
+        where = (cache.kind, node.layer * cache.layer_bytes, cache.block_bytes)
         heads = (config.n_heads, config.n_kv_heads, config.head_dim)
         self._emit(
             "rope",

@@ -3,10 +3,21 @@
 import platform
 
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
+from checked import arena, compiled
+from numba import float32
 
 from edgellama import DeviceUnavailable, ParameterError
-from edgellama.runtimes import kernel_team, kernels, kernels_attention, kernels_linear, levels
+from edgellama.runtimes import (
+    kernel_team,
+    kernels,
+    kernels_attention,
+    kernels_linear,
+    levels,
+    memory,
+    simd,
+)
 from edgellama.runtimes.compiler import _EXTERNAL, object_code
 from edgellama.runtimes.levels import LEVELS, Level, available, choose
 
@@ -117,3 +128,22 @@ def test_kernels_compile_and_call_nothing_outside(level: Level) -> None:
             machine = int.from_bytes(code[18:20], "little")
             assert machine == {ARM: 183, INTEL: 62}[triple]
             assert undefined_symbols(code) <= {"memset"}, (triple, name)  # every process has it
+
+
+def _columns(values: int, out: int, columns: int, rows: int) -> None:
+    for column in range(0, columns, 16):
+        total = simd.splat_f32(float32(0.0))
+        for row in range(rows):
+            total = simd.add(total, memory.load_i8x16(values + row * 34 + 2 + column % 32))
+        memory.store_f32x16(out + column * 4, total)
+
+
+@pytest.mark.parametrize("level", available())
+def test_addresses_survive_being_optimized_twice(level: str) -> None:
+    """Numba's code generator splits addresses in a way that LLVM's optimizer must not see."""
+    with arena() as room:
+        values, out = room.new((3, 34), np.int8), room.new(32, np.float32)
+        values[:, 2:] = np.arange(32) + np.arange(3)[:, None]
+        kernel = compiled(level, "_columns", _columns)
+        kernel(values.ctypes.data, out.ctypes.data, 32, 3)
+        assert np.array_equal(out, values[:, 2:].sum(axis=0))
