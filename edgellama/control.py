@@ -1,12 +1,19 @@
-"""Stopping work that is under way: the cancel token.
+"""Who may work now, and how to stop them: the cancel token, and a lock handed on in turns.
 
-Knows nothing about who does the work. Compiled kernels poll the token's memory cell, so setting it
+Knows nothing about the work. Compiled kernels poll the token's memory cell, so setting it
 is seen in the middle of a matrix product, not only between calls.
 """
 
+import threading
 from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from edgellama.errors import Cancelled
+
+Progress = Callable[[int, int, str], None]  # (done, total, what)
+_LOOK = 0.02  # seconds between two looks at a token while waiting
 
 
 class CancelToken:
@@ -33,3 +40,49 @@ class CancelToken:
         """Raise Cancelled if the token is set."""
         if self.cancelled:
             raise Cancelled(what)
+
+
+class Turns:
+    """A lock that is handed on in the order of asking, so that nobody who works in steps keeps it
+    from the others; those who wait can be cancelled."""
+
+    def __init__(self) -> None:
+        self._mutex, self._taken = threading.Lock(), False
+        self._waiting: deque[threading.Lock] = deque()
+
+    @contextmanager
+    def turn(self, cancel: CancelToken | None = None, what: str = "the call") -> Iterator[None]:
+        """Hold the lock. Raises Cancelled if the token is set before the turn comes."""
+        gate = threading.Lock()
+        gate.acquire()
+        with self._mutex:
+            if self._taken:
+                self._waiting.append(gate)
+            else:
+                self._taken = True
+                gate.release()
+        try:
+            while not gate.acquire(timeout=_LOOK):
+                if cancel:
+                    cancel.check(what)
+        except BaseException:  # a signal's exception too must not leave the gate in the line
+            self._leave(gate)
+            raise
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _leave(self, gate: threading.Lock) -> None:
+        with self._mutex:
+            if gate in self._waiting:
+                self._waiting.remove(gate)
+                return
+        self._pass_on()  # the turn had come meanwhile
+
+    def _pass_on(self) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled, ContextOverflow, ParameterError
-from edgellama.runtimes.base import RuntimeSession
 from edgellama.sampling import Sampler, Sampling, checked_integer
 from edgellama.stop import StopMatcher, checked_stops
 
@@ -38,6 +37,16 @@ class TextTokenizer(Protocol):
     eos: tuple[int, ...]
 
     def stream(self, *, continuing: bool = False) -> TextStream: ...
+
+
+class TextSession(Protocol):
+    """The part of a session that a reply needs; see `runtimes.base.RuntimeSession`."""
+
+    @property
+    def position(self) -> int: ...
+    def forward(
+        self, ids: Sequence[int], *, cancel: CancelToken | None = None
+    ) -> "NDArray[np.float32]": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class Chunk:
 
 
 def generate(
-    session: RuntimeSession,
+    session: TextSession,
     tokenizer: TextTokenizer,
     ids: Sequence[int],
     sampling: Sampling | None = None,
@@ -114,7 +123,7 @@ def generate(
     return reply.chunks(list(ids), limit, context)
 
 
-def _check_room(session: RuntimeSession, count: int, context: int) -> None:
+def _check_room(session: TextSession, count: int, context: int) -> None:
     if session.position + count > context:
         raise ContextOverflow(session.position + count, context)
 
@@ -124,7 +133,7 @@ class _Reply:
 
     def __init__(
         self,
-        session: RuntimeSession,
+        session: TextSession,
         tokenizer: TextTokenizer,
         sampler: Sampler,
         stops: StopMatcher,

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Progress
 from edgellama.errors import EdgeLlamaError, ParameterError, require_integer
 from edgellama.opening import load
-from edgellama.runtimes.base import Progress
 from edgellama.sampling import Sampling
 
 if TYPE_CHECKING:

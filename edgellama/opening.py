@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from edgellama.config import ModelConfig
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Progress
 from edgellama.errors import (
     DeviceUnavailable,
     ModelConfigError,
@@ -21,7 +21,7 @@ from edgellama.gguf import GGUF, open_gguf
 from edgellama.graph import Graph, decoder
 from edgellama.model import Model
 from edgellama.paths import model_path
-from edgellama.runtimes.base import Options, Progress, Runtime
+from edgellama.runtimes.base import Options, Runtime
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 from edgellama.weights import check_tensors, model_config
 
@@ -34,8 +34,8 @@ _LOG = logging.getLogger("edgellama")
 
 def load(
     path: "str | os.PathLike[str]",
-    *,
     runtime: str = "auto",
+    *,
     device: str = "auto",
     threads: int | None = None,
     context: int | None = None,
@@ -60,6 +60,8 @@ def load(
     NonFiniteError for the file; ParameterError, DeviceUnavailable, OutOfMemory, Cancelled.
     """
     chosen = _check_choice(runtime, device, dtype, deterministic)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ParameterError(f"path is {type(path).__name__}; allowed: str or os.PathLike")
     file_path = model_path(os.fspath(path))
     with open_gguf(file_path) as file:
         config = model_config(file)
@@ -85,10 +87,13 @@ def load(
 
 def _check_choice(runtime: str, device: str, dtype: str | None, deterministic: bool) -> str:
     """The runtime to open; what cannot be had, or does not fit it, is refused."""
-    if runtime == "onnx" or device == "cuda":
-        raise DeviceUnavailable(
-            "the ONNX runtime is not part of this release", field="runtime", value=runtime
-        )
+    for name, value, missing in (("runtime", runtime, "onnx"), ("device", device, "cuda")):
+        if value == missing:
+            raise DeviceUnavailable(
+                f"{name} = {missing!r}: the ONNX runtime is not part of this release",
+                field=name,
+                value=value,
+            )
     for name, value, allowed in (
         ("runtime", runtime, RUNTIMES),
         ("device", device, ("auto", "cpu")),

@@ -18,15 +18,12 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Progress
 from edgellama.errors import EdgeLlamaError, ModelFormatError, ParameterError, shown
 from edgellama.output import STALE, atomic_output
 from edgellama.paths import DEFAULT_MODEL, cache_dir, is_model_name, model_file
-
-if TYPE_CHECKING:
-    from edgellama.runtimes.base import Progress
 
 _PIECE = 1 << 20  # bytes copied between two looks at the cancel token
 _POLL = 0.05  # seconds between two looks at a child process

@@ -4,11 +4,10 @@ Knows nothing about chat messages or files; see `model.py` for both.
 """
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Turns
 from edgellama.errors import ContextOverflow, ForkedProcess, ParameterError, require_integer, shown
 from edgellama.generate import Chunk, generate
 from edgellama.runtimes.base import RuntimeSession
@@ -26,9 +25,9 @@ class Session:
 
     def __init__(self, model: "Model", runtime_session: RuntimeSession) -> None:
         self._model, self._runtime_session = model, runtime_session
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._ids: list[int] = []
-        self._closed = False
+        self._closed, self._changes = False, 0
 
     @property
     def model(self) -> "Model":
@@ -58,12 +57,14 @@ class Session:
         the vocabulary, ContextOverflow, Cancelled (the cache is as before), ForkedProcess.
         """
         checked = self._check(ids)
-        with self._lock:
+        self._open()  # before waiting: a fork's turn would never come
+        with self._turns.turn(cancel, "forward"):
             need, have = self.position + len(checked), self._model.info.context
             if need > have:
                 raise ContextOverflow(need, have)
             logits = self._open().forward(checked, all_logits=all_logits, cancel=cancel)
             self._ids += checked
+            self._changes += 1
             return logits
 
     def _open(self) -> RuntimeSession:
@@ -89,10 +90,14 @@ class Session:
 
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens. Raises ParameterError for n > position."""
-        with self._lock:
+        with self._turns.turn():
             require_integer("n", n, 0, self.position)
-            self._open().truncate(n)
-            del self._ids[n:]
+            self._truncate(n)
+
+    def _truncate(self, n: int) -> None:
+        self._open().truncate(n)
+        del self._ids[n:]
+        self._changes += 1
 
     def generate(
         self,
@@ -107,18 +112,21 @@ class Session:
         """Continue a whole prompt of ids; what the cache already holds of it is not recomputed.
 
         continuing=False starts a text of its own, as a chat's reply is. Raises what `forward`
-        raises, here; NonFiniteError while iterating.
+        raises, here; NonFiniteError while iterating, and ParameterError if the session was used
+        otherwise meanwhile.
         """
+        if params is not None and not isinstance(params, Sampling):
+            raise ParameterError(f"params is {type(params).__name__}; allowed: Sampling")
         checked = self._check(ids)
         need, have = len(checked), self._model.info.context
         if need > have:
             raise ContextOverflow(need, have)
-        with self._lock:
+        with self._turns.turn(cancel, "generate"):
             shared = self._shared(checked)
-            self.truncate(shared)
-            history = tuple(self._ids)
+            self._truncate(shared)
+            history, reading = tuple(self._ids), _Reading(self, self._changes)
         return generate(
-            self,
+            reading,
             self._model.tokenizer,
             checked[shared:],
             params or Sampling(),
@@ -140,8 +148,35 @@ class Session:
         return shared
 
     def close(self) -> None:
-        """Free the cache; calling it twice is harmless."""
-        with self._lock:
-            self._closed = True
+        """Free the cache, and end a call that another thread is in; twice is harmless."""
+        self._closed = True
+        if os.getpid() != self._model._pid:
+            return  # a fork has nothing that runs, and its memory ends with it
+        self._runtime_session.stop()
+        with self._turns.turn():
             self._runtime_session.close()
             self._ids = []
+
+
+class _Reading:
+    """A session as one reply sees it: it refuses once anybody else has used the session."""
+
+    def __init__(self, session: Session, changes: int) -> None:
+        self._session, self._changes = session, changes
+
+    @property
+    def position(self) -> int:
+        return self._session.position
+
+    def forward(
+        self, ids: Sequence[int], *, cancel: CancelToken | None = None
+    ) -> "NDArray[np.float32]":
+        if self._session._changes != self._changes:
+            raise ParameterError(
+                "the session was used otherwise since this reply began",
+                field="session",
+                hint="One reply at a time; open a session for each",
+            )
+        logits = self._session.forward(ids, cancel=cancel)
+        self._changes += 1
+        return logits

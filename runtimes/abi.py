@@ -26,13 +26,14 @@ ROWS = 5  # address of int64 indices into the tokens, (n_rows,)
 CACHE = 6  # address of the session's key/value cache
 SPLITS = 7  # of the cache, up to the last token
 ANGLES = 8  # address of float32 cos and sin, (context, rope pairs, 2)
-CANCEL = 9  # address of the cancel cell
+CANCEL = 9  # address of the call's cancel cell, or 0
 GIVE_UP_CORE = 10  # address of a C function that lets another thread run, or 0
 SCRATCH = 11  # address of the threads' private memory
 SCRATCH_BYTES = 12  # of one thread
 THREADS = 13
 PARALLEL = 15  # splits that are units of their own: 1, or SPLITS where there is one token
 ATTENTION_UNITS = 16  # N_TOKENS * PARALLEL
+CLOSING = 17  # address of the session's, set when it is to be closed, or 0
 EPOCH = 14  # number of this call: guards against a thread that is late from an earlier one
 
 # Per instruction, in cache lines of their own: (epoch << 32 | next unit) and units finished.

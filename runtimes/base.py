@@ -4,17 +4,15 @@ A runtime holds one model's weights; a session of it holds one conversation's ke
 Knows nothing about text: ids in, logits out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Progress as Progress
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,10 @@ class RuntimeSession(Protocol):
 
     def truncate(self, n: int) -> None:
         """Forget all but the first `n` tokens (0 <= n <= position, checked by the caller)."""
+        ...
+
+    def stop(self) -> None:
+        """End, soon, a `forward` that another thread is in; the session will only be closed."""
         ...
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ key/value caches. Knows nothing about operators (see `kernels.py`) or about text
 """
 
 import os
-import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellama import rope
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Turns
 from edgellama.errors import ForkedProcess, ParameterError
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
@@ -53,9 +53,9 @@ class Cpu:
         self.level, self.level_reason = levels.choose()
         types = {name: file.tensors[name].type.name for name in graph.weights}
         names = kernel_names(graph, types)
-        kernels = kernel_cache.addresses(names, self.level, options.progress)
+        kernels = kernel_cache.addresses(names, self.level, options.progress, options.cancel)
         self.weights = Weights(file, graph, options)
-        self.warnings = self.weights.warnings
+        self.warnings = [*kernel_cache.warnings, *self.weights.warnings]
         self.cache = CacheShape(
             config.n_layers,
             config.n_kv_heads,
@@ -69,7 +69,8 @@ class Cpu:
         self.angles = Angles(graph, options.context, rope_factors(file, config))
         self.scratch_bytes = scratch_bytes(graph)
         self.scratch = aligned(self.scratch_bytes * options.threads)
-        self.lock = threading.Lock()  # one program, one set of buffers: one call at a time
+        self.turns = Turns()  # one program, one set of buffers: one step at a time
+        self.sessions: weakref.WeakSet[CpuSession] = weakref.WeakSet()
         self.pid, self.closed = os.getpid(), False
         self.team = Team(
             options.threads,
@@ -79,7 +80,9 @@ class Cpu:
         self.give_up_core = give_up_core()
 
     def session(self) -> "CpuSession":
-        return CpuSession(self)
+        session = CpuSession(self)
+        self.sessions.add(session)
+        return session
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -101,10 +104,15 @@ class Cpu:
     def close(self) -> None:
         if os.getpid() != self.pid:  # a fork has no helpers to stop
             return
-        with self.lock:
-            self.closed = True
+        self.closed = True
+        for session in list(self.sessions):
+            session.stop()
+        with self.turns.turn():
             self.team.close()
             self.weights.free()
+            self.scratch = np.zeros(0, np.uint8)
+            for session in list(self.sessions):
+                session.cache = np.zeros(0, np.uint8)
 
 
 class Angles:
@@ -129,7 +137,7 @@ class CpuSession:
 
     def __init__(self, model: Cpu) -> None:
         self.model = model
-        self.position = 0
+        self.position, self.closing = 0, CancelToken()
         self.cache = aligned(model.cache.total_bytes)
 
     def forward(
@@ -141,26 +149,26 @@ class CpuSession:
         step = ROWS if all_logits else CHUNK
         vocab, before = model.graph.config.vocab_size, self.position
         result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
-        with model.lock:
-            if model.closed:
-                raise ParameterError("the model is closed")
+        try:
             for start in range(0, len(ids), step):
                 chunk = np.asarray(ids[start : start + step], np.int64)
                 last = start + len(chunk) == len(ids)
                 rows = np.arange(len(chunk)) if all_logits else np.array([len(chunk) - 1] * last)
-                self._run(chunk, rows.astype(np.int64), cancel)
-                if cancel and cancel.cancelled:
-                    self.position = before
-                    cancel.check("forward")
-                self.position += len(chunk)
-                at = start if all_logits else 0
-                result[at : at + len(rows)] = model.program.logits[: len(rows), :vocab]
+                with model.turns.turn(cancel, "forward"):
+                    self._run(chunk, rows.astype(np.int64), cancel)
+                    at = start if all_logits else 0
+                    result[at : at + len(rows)] = model.program.logits[: len(rows), :vocab]
+        except BaseException:
+            self.position = before
+            raise
         return result if all_logits else result[0]
 
     def _run(
         self, ids: NDArray[np.int64], rows: NDArray[np.int64], cancel: CancelToken | None
     ) -> None:
+        """One step: the tokens in the cache, and logits of the rows in the program's room."""
         model = self.model
+        self._check_open()
         model.angles.reach(self.position + len(ids))
         state = np.zeros(abi.STATE_WORDS, np.int64)
         state[abi.ONE], state[abi.N_TOKENS], state[abi.N_ROWS] = 1, len(ids), len(rows)
@@ -173,13 +181,28 @@ class CpuSession:
         state[abi.ATTENTION_UNITS] = len(ids) * parallel
         state[abi.ANGLES] = model.angles.table.ctypes.data
         state[abi.CANCEL] = cancel.address if cancel else 0
+        state[abi.CLOSING] = self.closing.address
         state[abi.GIVE_UP_CORE] = model.give_up_core
         state[abi.SCRATCH] = model.scratch.ctypes.data
         state[abi.SCRATCH_BYTES] = model.scratch_bytes
         model.team.run(model.program.words, model.program.counters, state)
+        self._check_open()
+        if cancel:
+            cancel.check("forward")
+        self.position += len(ids)
+
+    def _check_open(self) -> None:
+        if self.closing.cancelled:
+            what = "model" if self.model.closed else "session"
+            raise ParameterError(f"the {what} is closed")
 
     def truncate(self, n: int) -> None:
         self.position = n
 
+    def stop(self) -> None:
+        self.closing.cancel()
+
     def close(self) -> None:
-        self.cache = np.zeros(0, np.uint8)
+        self.stop()
+        with self.model.turns.turn():
+            self.cache = np.zeros(0, np.uint8)

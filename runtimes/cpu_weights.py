@@ -27,11 +27,16 @@ class Weights:
         loader = Loader(file, options, sum(info.n_bytes for info in infos.values()))
         self.matrices: dict[str, Matrix] = {}
         self.vectors: dict[str, NDArray[np.float32]] = {}
-        self.rooms: list[NDArray[np.uint8]] = []
+        groups = _neighbours(graph)
+        sizes = [[_size(file, name) for name in group] for group in groups]
+        # One room for all: memory of this size goes back to the system when it is freed.
+        self.room = aligned(sum(padded(sum(of_group), 64) for of_group in sizes))
+        start = 0
         with ThreadPoolExecutor(options.threads, "edgellama-load") as pool:
             repacking = _Repacking(loader, pool, 2 * options.threads)
-            for group in _neighbours(graph):
-                self._load_group(repacking, group)
+            for group, of_group in zip(groups, sizes, strict=True):
+                self._load_group(repacking, group, of_group, start)
+                start += padded(sum(of_group), 64)
             repacking.finish()
         for name, info in infos.items():
             if len(info.shape) == 1:
@@ -39,23 +44,26 @@ class Weights:
                 vector[: info.shape[0]] = loader.array(name)
                 self.vectors[name] = vector
         self.warnings = loader.warnings
-        self.n_bytes = sum(room.nbytes for room in self.rooms)
-        self.n_bytes += sum(vector.nbytes for vector in self.vectors.values())
+        self.n_bytes = self.room.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
-    def _load_group(self, repacking: "_Repacking", names: list[str]) -> None:
-        infos = [repacking.loader.file.tensors[name] for name in names]
-        sizes = [repacked_bytes(i.type.name, i.shape[0], i.shape[1]) for i in infos]
-        room = aligned(sum(sizes))
-        self.rooms.append(room)
-        start = 0
-        for name, info, size in zip(names, infos, sizes, strict=True):
-            repacking.load(name, room[start : start + size])
-            address = room.ctypes.data + start
+    def _load_group(
+        self, repacking: "_Repacking", names: list[str], sizes: list[int], start: int
+    ) -> None:
+        """Matrices that share an input, one behind the other."""
+        for name, size in zip(names, sizes, strict=True):
+            info = repacking.loader.file.tensors[name]
+            repacking.load(name, self.room[start : start + size])
+            address = self.room.ctypes.data + start
             self.matrices[name] = Matrix(info.type.name, info.shape[0], info.shape[1], address)
             start += size
 
     def free(self) -> None:
-        self.rooms, self.matrices = [], {}
+        self.room, self.matrices, self.vectors = np.zeros(0, np.uint8), {}, {}
+
+
+def _size(file: GGUF, name: str) -> int:
+    info = file.tensors[name]
+    return repacked_bytes(info.type.name, info.shape[0], info.shape[1])
 
 
 def _neighbours(graph: Graph) -> list[list[str]]:

@@ -22,10 +22,10 @@ import llvmlite.binding as llvm
 
 import edgellama
 from edgellama import ggml
+from edgellama.control import CancelToken, Progress
 from edgellama.errors import OutputError
 from edgellama.output import atomic_output
 from edgellama.paths import cache_dir
-from edgellama.runtimes.base import Progress
 from edgellama.runtimes.levels import Level
 
 _LOG = logging.getLogger("edgellama")
@@ -47,32 +47,42 @@ _SOURCES = [  # what the machine code follows from
     "vectors",
 ]
 
+warnings: list[str] = []  # why kernels are not cached; for `model.info`
+
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str], int] = {}  # (level, kernel) -> address
 _engines: list[Any] = []  # they own the machine code; kept for the life of the process
 
 
 def addresses(
-    names: Iterable[str], level: Level, progress: Progress | None = None
+    names: Iterable[str],
+    level: Level,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
 ) -> dict[str, int]:
     """Where each kernel's machine code is in memory; compiled first if need be.
 
     Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `fine:Q8_0`, `embed:F16`. `progress` is
-    called with (done, total, "compiling kernels") while kernels are compiled.
+    called with (done, total, "compiling kernels") while kernels are compiled; `cancel` is looked at
+    between two of them, which take up to a second each. Raises Cancelled.
     """
     names = list(dict.fromkeys(names))
     with _lock:
         missing = [name for name in names if (level.name, name) not in _loaded]
         if missing:
-            _load(_objects(missing, level, progress), level)
+            _load(_objects(missing, level, progress, cancel), level)
         return {name: _loaded[level.name, name] for name in names}
 
 
-def _objects(names: list[str], level: Level, progress: Progress | None) -> dict[str, bytes]:
+def _objects(
+    names: list[str], level: Level, progress: Progress | None, cancel: CancelToken | None
+) -> dict[str, bytes]:
     """Object code by kernel name, from the cache where it is there and sound."""
     found = {name: code for name in names if (code := _read(_file(name, level))) is not None}
     missing = [name for name in names if name not in found]
     for done, name in enumerate(missing):
+        if cancel:
+            cancel.check("compiling kernels")
         if progress:
             progress(done, len(missing), "compiling kernels")
         found[name] = _compile(name, level)
@@ -139,7 +149,7 @@ def _folder() -> Path | None:
     try:
         return cache_dir("kernels")
     except OutputError as error:
-        _LOG.warning("kernels are not cached: %s", error)
+        warnings.append(f"kernels are compiled at every start: {error}")
         return None
 
 

@@ -28,9 +28,15 @@ def units_of(instruction: int, state: int) -> Any:
 
 
 @inline
-def cancelled(state: int) -> Any:
-    cell = memory.load_i64(state + abi.CANCEL * WORD)
+def is_set(state: int, word: int) -> Any:
+    """Whether there is such a cell and it is set."""
+    cell = memory.load_i64(state + word * WORD)
     return cell != 0 and memory.atomic_load(cell) != 0
+
+
+@inline
+def cancelled(state: int) -> Any:
+    return is_set(state, abi.CANCEL) or is_set(state, abi.CLOSING)
 
 
 @inline

@@ -127,7 +127,7 @@ class LlamaCppSession:
     """One conversation: a llama.cpp context of its own, and one batch that is used again."""
 
     def __init__(self, model: LlamaCpp) -> None:
-        self.model, self.api, self.position = model, model.api, 0
+        self.model, self.api, self.position, self.stopped = model, model.api, 0, False
         options = model.options
         params = self.api.llama_context_default_params()
         params.n_ctx = options.context
@@ -157,7 +157,7 @@ class LlamaCppSession:
                 chunk = ids[start : start + step]
                 last = start + len(chunk) == len(ids)
                 status = self._decode(chunk, all_logits, last)
-                if status or (cancel and cancel.cancelled):
+                if status or self.stopped or (cancel and cancel.cancelled):
                     self.truncate(before)
                     self._raise(status, cancel)
                 self._collect(result[start:] if all_logits else result, len(chunk), all_logits)
@@ -165,9 +165,9 @@ class LlamaCppSession:
         return result if all_logits else result[0]
 
     def _watch(self, cancel: CancelToken | None) -> Any:
-        """Have llama.cpp ask for the token between two operators; nothing is asked without one."""
+        """Have llama.cpp ask between two operators whether to go on."""
         kind = self.api.ggml_abort_callback
-        callback = kind((lambda _: cancel.cancelled) if cancel else 0)
+        callback = kind(lambda _: self.stopped or (cancel is not None and cancel.cancelled))
         self.api.llama_set_abort_callback(self.pointer, callback, None)
         return callback
 
@@ -191,8 +191,10 @@ class LlamaCppSession:
             ctypes.memmove(out[row].ctypes.data, source, out.itemsize * out.shape[1])
 
     def _raise(self, status: int, cancel: CancelToken | None) -> None:
-        if cancel and (status in (0, ABORTED)):
-            cancel.check("forward")
+        if status in (0, ABORTED):
+            if cancel:
+                cancel.check("forward")
+            raise ParameterError("the session is closed")
         raise EdgeLlamaError(f"llama.cpp failed to compute, status {status}")
 
     def truncate(self, n: int) -> None:
@@ -201,7 +203,11 @@ class LlamaCppSession:
             raise EdgeLlamaError(f"llama.cpp cannot forget the tokens from {n} on")
         self.position = n
 
+    def stop(self) -> None:
+        self.stopped = True
+
     def close(self) -> None:
+        self.stop()
         with self.model.lock:
             self._free()
 

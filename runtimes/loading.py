@@ -37,7 +37,7 @@ class Loader:
         for first in range(0, info.n_rows, step):
             raw = self._read(info, first, min(step, info.n_rows - first))
             block = first * info.row_bytes // info.type.size
-            zero = check_finite(info, raw, block) and zero
+            zero = check_finite(info, raw, block, self.file.path) and zero
             yield first, raw
         if zero:
             self.warnings.append(f"tensor '{name}' is all zeros")

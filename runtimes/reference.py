@@ -63,7 +63,7 @@ class ReferenceSession:
 
     def __init__(self, model: Reference) -> None:
         self.model, self.config = model, model.graph.config
-        self.position = 0
+        self.position, self.stopped = 0, False
         empty = np.zeros((0, self.config.n_kv_heads, self.config.head_dim), model.dtype)
         self.cache = [(empty, empty) for _ in range(self.config.n_layers)]
 
@@ -73,9 +73,11 @@ class ReferenceSession:
         before = self.position
         rows = []
         for start in range(0, len(ids), CHUNK):
-            if cancel and cancel.cancelled:
+            if self.stopped or (cancel and cancel.cancelled):
                 self.truncate(before)
-                cancel.check("forward")
+                if cancel:
+                    cancel.check("forward")
+                raise ParameterError("the session is closed")
             chunk = ids[start : start + CHUNK]
             wanted = range(len(chunk)) if all_logits else range(len(chunk) - 1, len(chunk))
             rows.append(self.run(chunk, list(wanted))["output"])
@@ -101,6 +103,9 @@ class ReferenceSession:
     def truncate(self, n: int) -> None:
         self.cache = [(keys[:n], values[:n]) for keys, values in self.cache]
         self.position = n
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def close(self) -> None:
         self.cache = []

@@ -1,0 +1,143 @@
+"""Who waits for whom: sessions take turns step by step, and whoever waits can be stopped."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, write_tiny
+
+import edgellama
+from edgellama import Cancelled, CancelToken, Model, ParameterError, Sampling
+from edgellama.control import Turns
+
+LONG = 3900  # tokens of a prompt that takes seconds
+SOON = 2.0  # seconds; the aim is 0.1
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(
+        dim=256, ffn_dim=512, n_heads=8, n_kv_heads=4, head_dim=32, n_layers=8, context_length=4096
+    )
+    return write_tiny(tmp_path_factory.mktemp("turns") / "tiny.gguf", config, "F32")
+
+
+@pytest.fixture
+def model(path: Path) -> Iterator[Model]:
+    with edgellama.load(path, threads=2) as loaded:
+        yield loaded
+
+
+class Other(threading.Thread):
+    """Work in another thread, under way when this returns; keeps what it raised."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.work, self.error = work, None
+        self.start()
+        time.sleep(0.1)
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except Exception as error:
+            self.error = error
+
+    def end(self) -> Exception | None:
+        self.join(60)
+        assert not self.is_alive()
+        return self.error
+
+
+def elapsed(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def test_a_short_step_does_not_wait_for_a_long_prompt(model: Model) -> None:
+    long, short = model.session(), model.session()
+    other = Other(lambda: long.forward([5] * LONG))
+    waited = elapsed(lambda: short.forward([7]))
+    assert other.is_alive() and waited < SOON
+    assert other.end() is None
+    assert long.position == LONG
+
+
+def test_waiting_for_a_session_can_be_cancelled(model: Model) -> None:
+    session, token = model.session(), CancelToken()
+    other = Other(lambda: session.forward([5] * LONG))
+    threading.Timer(0.05, token.cancel).start()
+
+    def wait() -> None:
+        with pytest.raises(Cancelled):
+            session.forward([7], cancel=token)
+
+    assert elapsed(wait) < SOON
+    assert other.is_alive()
+    assert other.end() is None
+    assert session.position == LONG
+
+
+@pytest.mark.parametrize("what", ["session", "model"])
+def test_closing_ends_a_call_in_another_thread(model: Model, what: str) -> None:
+    session = model.session()
+    other = Other(lambda: session.forward([5] * LONG))
+    assert elapsed(session.close if what == "session" else model.close) < SOON
+    error = other.end()
+    assert isinstance(error, ParameterError) and f"the {what} is closed" in str(error)
+
+
+def test_a_reply_notices_that_its_session_was_used(model: Model) -> None:
+    session = model.session()
+    first = session.generate([5, 6, 7], Sampling(temperature=0), max_tokens=20)
+    next(first)
+    session.forward([9])
+    with pytest.raises(ParameterError, match="used otherwise"):
+        list(first)
+    second = session.generate([5, 6, 8], Sampling(temperature=0), max_tokens=20)
+    third = session.generate([5, 6, 9], Sampling(temperature=0), max_tokens=3)
+    with pytest.raises(ParameterError, match="used otherwise"):
+        next(second)
+    assert [chunk.finish_reason for chunk in third][-1] is not None
+
+
+def test_arguments_of_the_wrong_kind_are_named(model: Model) -> None:
+    for params in (0.5, {}, 0, "hot"):
+        with pytest.raises(ParameterError, match="params"):
+            model.generate("hi", params)  # type: ignore[arg-type]
+    for path in (None, 3, b"x"):
+        with pytest.raises(ParameterError, match="path"):
+            edgellama.load(path)  # type: ignore[arg-type]
+
+
+def test_turns_are_handed_on_in_order() -> None:
+    turns, order = Turns(), []
+
+    def work(number: int) -> None:
+        with turns.turn():
+            order.append(number)
+
+    with turns.turn():
+        threads = [Other(lambda number=number: work(number)) for number in range(4)]
+    for thread in threads:
+        thread.end()
+    assert order == [0, 1, 2, 3]
+
+
+def test_a_cancelled_wait_leaves_the_line() -> None:
+    turns, token, order = Turns(), CancelToken(), []
+
+    def wait() -> None:
+        with turns.turn(token, "waiting"):
+            order.append("never")
+
+    with turns.turn():
+        other = Other(wait)
+        token.cancel()
+        assert isinstance(other.end(), Cancelled)
+    with turns.turn():
+        order.append("free")
+    assert order == ["free"]
