@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgellama.machine import usable_cores
 from edgellama.measure import fresh_process, machine
-from edgellama.runtimes.team import usable_cores
 
 PROGRAMS = {  # figure -> (program, its baseline)
     "import edgellama": (["-c", "import edgellama"], ["-c", "pass"]),

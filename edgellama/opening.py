@@ -19,6 +19,7 @@ from edgellama.errors import (
 )
 from edgellama.gguf import GGUF, open_gguf
 from edgellama.graph import Graph, decoder
+from edgellama.machine import available_memory, usable_cores
 from edgellama.model import Model
 from edgellama.paths import model_path
 from edgellama.runtimes.base import Options, Runtime
@@ -146,15 +147,11 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> 
 
 
 def _threads(threads: int | None) -> int:
-    from edgellama.runtimes.team import usable_cores
-
     return usable_cores() if threads is None else require_integer("threads", threads, 1, 1024)
 
 
 def _context(wanted: int | None, config: ModelConfig, file: GGUF, kv_type: str) -> int:
     """Tokens a session will hold. Refuses a model or a context that memory cannot hold."""
-    from edgellama.runtimes.team import available_memory
-
     if wanted is not None:
         require_integer("context", wanted, 1, config.context_length)
     weights = sum(info.n_bytes for info in file.tensors.values())

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from accuracy import POSITIONS, REFERENCE_POSITIONS, TEXT, distance, kept, log_probabilities
+from accuracy import POSITIONS, REFERENCE_POSITIONS, TEXT, kept
 
 import edgellama
+from edgellama.distance import distance, log_probabilities
 
 FIXTURE = TEXT.parent / "smollm2_llamacpp.npz"
 

@@ -12,20 +12,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from accuracy import (
-    POSITIONS,
-    REFERENCE_POSITIONS,
-    TEXT,
-    bucketed,
-    distance,
-    divergence,
-    log_probabilities,
-    nmse,
-    with_rest,
-)
+from accuracy import POSITIONS, REFERENCE_POSITIONS, TEXT, bucketed, with_rest
 from make_llamacpp_fixture import FIXTURE, sha256
 
 import edgellama
+from edgellama.distance import distance, divergence, log_probabilities, nmse
 
 EXACT_POSITIONS = 64  # enough for the comparisons whose bounds are far above what is measured
 BITS_POSITIONS = 100  # more than a block of 64, and no multiple of anything

@@ -15,8 +15,9 @@ from checked import HERE, Array, compiled
 from tiny import write_tiny
 
 from edgellama.control import CancelToken
+from edgellama.machine import available_memory, usable_cores
 from edgellama.runtimes import abi, kernel_cache, levels, memory
-from edgellama.runtimes.team import Team, available_memory, give_up_core, usable_cores
+from edgellama.runtimes.team import Team, give_up_core
 
 LEVEL = HERE[0]
 HANG = 60.0  # seconds; what is bounded by it takes milliseconds
@@ -211,7 +212,7 @@ def test_usable_cores_are_those_of_the_affinity() -> None:
     code = """
 import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-from edgellama.runtimes.team import usable_cores
+from edgellama.machine import usable_cores
 print(usable_cores())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
