@@ -2,7 +2,7 @@
 # Both make their own .venv here and need only Python 3.11 or newer (PYTHON=... names another one).
 PYTHON ?= python3
 VENV := .venv
-PROMPT ?= Why is the sky blue?
+export PROMPT ?= Why is the sky blue?
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -15,8 +15,8 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 demo: $(VENV)/ready
 	@$(BIN)/edgellama pull
-	@printf '\n>>> %s\n' "$(PROMPT)"
-	@$(BIN)/edgellama run smollm2-135m-instruct --temperature 0 --max-tokens 100 "$(PROMPT)"
+	@printf '\n>>> %s\n' "$$PROMPT"
+	@$(BIN)/edgellama run smollm2-135m-instruct --temperature 0 --max-tokens 100 "$$PROMPT"
 
 test: $(VENV)/ready-dev
 	@$(BIN)/edgellama pull

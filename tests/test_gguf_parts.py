@@ -1,4 +1,4 @@
-"""Models split into several GGUF files."""
+"""G29: models split into several GGUF files."""
 
 import hashlib
 import os
