@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accuracy import nmse
 from tiny import tiny_config, write_tiny
 
 import edgellama
+from edgellama.distance import nmse
 
 N = 150  # tokens: more than two of the batches in which all logits are computed
 NEAR = 1e-5  # NMSE: llama.cpp rounds differently as its batches differ in size
