@@ -5,6 +5,7 @@ exit status, an embedding app catches them. `assert` is for our own bugs, never 
 """
 
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST_SHOWN = 200  # characters of a file's value that a message repeats
@@ -128,6 +129,17 @@ def require_integer(name: str, value: object, low: int, high: int) -> int:
     """`value` if it is an integer in low..high, else ParameterError naming the parameter."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         allowed = f"an integer {low}..{high}"
+        raise ParameterError(
+            f"{name} = {shown(value)}; allowed: {allowed}", field=name, value=value, allowed=allowed
+        )
+    return value
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """`value` if it is one of the choices, else ParameterError naming the parameter."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        allowed = ", ".join(choices)
         raise ParameterError(
             f"{name} = {shown(value)}; allowed: {allowed}", field=name, value=value, allowed=allowed
         )

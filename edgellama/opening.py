@@ -14,8 +14,8 @@ from edgellama.errors import (
     ModelConfigError,
     OutOfMemory,
     ParameterError,
+    require_choice,
     require_integer,
-    shown,
 )
 from edgellama.gguf import GGUF, open_gguf
 from edgellama.graph import Graph, decoder
@@ -95,18 +95,8 @@ def _check_choice(runtime: str, device: str, dtype: str | None, deterministic: b
                 field=name,
                 value=value,
             )
-    for name, value, allowed in (
-        ("runtime", runtime, RUNTIMES),
-        ("device", device, ("auto", "cpu")),
-    ):
-        if value not in allowed:
-            listed = ", ".join(allowed)
-            raise ParameterError(
-                f"{name} = {shown(value)}; allowed: {listed}",
-                field=name,
-                value=value,
-                allowed=listed,
-            )
+    require_choice("runtime", runtime, RUNTIMES)
+    require_choice("device", device, ("auto", "cpu"))
     chosen = "cpu" if runtime == "auto" else runtime
     for name, wanted, owner in (
         ("dtype", dtype is not None, "reference"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgellama import rope
 from edgellama.control import CancelToken, Turns
-from edgellama.errors import ForkedProcess, ParameterError
+from edgellama.errors import ForkedProcess, ParameterError, require_choice
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.runtimes import abi, kernel_cache, levels
@@ -40,14 +40,7 @@ class Cpu:
     """One model's repacked weights, its program and its threads."""
 
     def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
-        if options.kv_type not in KV_TYPES:
-            allowed = ", ".join(KV_TYPES)
-            raise ParameterError(
-                f"kv_type = {options.kv_type!r}; allowed: {allowed}",
-                field="kv_type",
-                value=options.kv_type,
-                allowed=allowed,
-            )
+        require_choice("kv_type", options.kv_type, KV_TYPES)
         self.graph, self.options = graph, options
         config = graph.config
         self.level, self.level_reason = levels.choose()

@@ -23,7 +23,7 @@ from edgellama.errors import (
     ForkedProcess,
     ParameterError,
     UnsupportedModelError,
-    shown,
+    require_choice,
 )
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
@@ -45,14 +45,7 @@ class LlamaCpp:
     def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
         self.api = _bindings()
         types = {"f16": self.api.GGML_TYPE_F16, "f32": self.api.GGML_TYPE_F32}
-        if options.kv_type not in types:
-            allowed = ", ".join(types)
-            raise ParameterError(
-                f"kv_type = {shown(options.kv_type)}; allowed: {allowed}",
-                field="kv_type",
-                value=options.kv_type,
-                allowed=allowed,
-            )
+        require_choice("kv_type", options.kv_type, types)
         self.graph, self.options, self.kv_type = graph, options, types[options.kv_type]
         self.warnings: list[str] = []
         self.lock = threading.Lock()  # one step at a time, as the other runtimes do

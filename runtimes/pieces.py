@@ -43,58 +43,39 @@ def minus_sum(x: int, at: int, offset: int) -> Any:
     return simd.splat_i32(int32(-offset * memory.load_i32(x + Q8_SUMS + at)))
 
 
-@inline
-def halves_small(codes: Any, x: int, first: Any, second: Any) -> Any:
-    """first + codes (up to 127) times bytes 0..15, second + times bytes 16..31."""
-    a = simd.dot4_small(first, codes[0], memory.splat_4bytes(x))
-    b = simd.dot4_small(second, codes[4], memory.splat_4bytes(x + 16))
-    a = simd.dot4_small(a, codes[1], memory.splat_4bytes(x + 4))
-    b = simd.dot4_small(b, codes[5], memory.splat_4bytes(x + 20))
-    a = simd.dot4_small(a, codes[2], memory.splat_4bytes(x + 8))
-    b = simd.dot4_small(b, codes[6], memory.splat_4bytes(x + 24))
-    a = simd.dot4_small(a, codes[3], memory.splat_4bytes(x + 12))
-    b = simd.dot4_small(b, codes[7], memory.splat_4bytes(x + 28))
-    return a, b
+def _products(dot4: Any) -> Any:
+    """Codes times a record's activations, by one of `simd.dot4` and `simd.dot4_small`."""
+
+    @inline
+    def halves(codes: Any, x: int, first: Any, second: Any) -> Any:
+        """first + codes times bytes 0..15, second + times bytes 16..31: two chains in flight."""
+        a = dot4(first, codes[0], memory.splat_4bytes(x))
+        b = dot4(second, codes[4], memory.splat_4bytes(x + 16))
+        a = dot4(a, codes[1], memory.splat_4bytes(x + 4))
+        b = dot4(b, codes[5], memory.splat_4bytes(x + 20))
+        a = dot4(a, codes[2], memory.splat_4bytes(x + 8))
+        b = dot4(b, codes[6], memory.splat_4bytes(x + 24))
+        a = dot4(a, codes[3], memory.splat_4bytes(x + 12))
+        b = dot4(b, codes[7], memory.splat_4bytes(x + 28))
+        return a, b
+
+    @inline
+    def dot(codes: Any, x: int, offset: int, fine: int) -> Any:
+        """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
+        a, b = halves(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
+        if fine != 0:
+            low = Q8_LOW_SUMS - Q8_SUMS
+            first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
+            c, d = halves(codes, x + Q8_LOW, first, second)
+            a = simd.add(simd.shift_left(a, 7), c)
+            b = simd.add(simd.shift_left(b, 7), d)
+        return a, b
+
+    return dot
 
 
-@inline
-def halves_large(codes: Any, x: int, first: Any, second: Any) -> Any:
-    """`halves_small` for codes up to 255."""
-    a = simd.dot4(first, codes[0], memory.splat_4bytes(x))
-    b = simd.dot4(second, codes[4], memory.splat_4bytes(x + 16))
-    a = simd.dot4(a, codes[1], memory.splat_4bytes(x + 4))
-    b = simd.dot4(b, codes[5], memory.splat_4bytes(x + 20))
-    a = simd.dot4(a, codes[2], memory.splat_4bytes(x + 8))
-    b = simd.dot4(b, codes[6], memory.splat_4bytes(x + 24))
-    a = simd.dot4(a, codes[3], memory.splat_4bytes(x + 12))
-    b = simd.dot4(b, codes[7], memory.splat_4bytes(x + 28))
-    return a, b
-
-
-@inline
-def dot_small(codes: Any, x: int, offset: int, fine: int) -> Any:
-    """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
-    a, b = halves_small(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
-    if fine != 0:
-        low = Q8_LOW_SUMS - Q8_SUMS
-        first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
-        c, d = halves_small(codes, x + Q8_LOW, first, second)
-        a = simd.add(simd.shift_left(a, 7), c)
-        b = simd.add(simd.shift_left(b, 7), d)
-    return a, b
-
-
-@inline
-def dot_large(codes: Any, x: int, offset: int, fine: int) -> Any:
-    """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
-    a, b = halves_large(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
-    if fine != 0:
-        low = Q8_LOW_SUMS - Q8_SUMS
-        first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
-        c, d = halves_large(codes, x + Q8_LOW, first, second)
-        a = simd.add(simd.shift_left(a, 7), c)
-        b = simd.add(simd.shift_left(b, 7), d)
-    return a, b
+dot_small = _products(simd.dot4_small)  # codes up to 127
+dot_large = _products(simd.dot4)  # codes up to 255
 
 
 @inline

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgellama import rope
 from edgellama.control import CancelToken
-from edgellama.errors import ParameterError
+from edgellama.errors import ParameterError, require_choice
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph, Node
 from edgellama.runtimes.base import Options
@@ -28,12 +28,7 @@ class Reference:
     """One model's weights, decoded."""
 
     def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
-        name = options.dtype or "float32"
-        if name not in DTYPES:
-            allowed = ", ".join(DTYPES)
-            raise ParameterError(
-                f"dtype = {name!r}; allowed: {allowed}", field="dtype", value=name, allowed=allowed
-            )
+        name = require_choice("dtype", options.dtype or "float32", DTYPES)
         self.graph, self.options, self.dtype = graph, options, DTYPES[name]
         total = sum(file.tensors[weight].n_bytes for weight in graph.weights)
         loader = Loader(file, options, total)
