@@ -183,11 +183,6 @@ def atomic_load(b: Any, address: Any) -> Any:
     return b.load_atomic(pointer(b, address, ir.IntType(64)), "acquire", 8)
 
 
-@operation(void(i64, i64))
-def atomic_store(b: Any, address: Any, value: Any) -> None:
-    b.store_atomic(value, pointer(b, address, ir.IntType(64)), "release", 8)
-
-
 @operation(i64(i64, i64))
 def atomic_add(b: Any, address: Any, value: Any) -> Any:
     """The value before the addition."""

@@ -1,15 +1,16 @@
 """Who waits for whom: sessions take turns step by step, and whoever waits can be stopped."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tiny import tiny_config, write_tiny
 
 import edgellama
-from edgellama import Cancelled, CancelToken, Model, ParameterError, Sampling
+from edgellama import Cancelled, CancelToken, Chunk, Model, ParameterError, Sampling
 from edgellama.control import Turns
 
 LONG = 3900  # tokens of a prompt that takes seconds
@@ -102,6 +103,27 @@ def test_a_reply_notices_that_its_session_was_used(model: Model) -> None:
     with pytest.raises(ParameterError, match="used otherwise"):
         next(second)
     assert [chunk.finish_reason for chunk in third][-1] is not None
+
+
+def test_replies_for_asyncio_are_those_of_the_iterators(model: Model) -> None:
+    greedy = Sampling(temperature=0)
+    prompts = [[5, 6, 7], [9, 8]]
+    messages = [{"role": "user", "content": "a"}]
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    async def collected(chunks: AsyncIterator[Chunk]) -> list[tuple[int | None, str]]:
+        return [(chunk.token, chunk.text) async for chunk in chunks]
+
+    async def together() -> list[list[tuple[int | None, str]]]:
+        replies = [model.agenerate(ids, greedy, max_tokens=8) for ids in prompts]
+        chat = model.achat(messages, greedy, max_tokens=8, template=template)
+        return await asyncio.gather(*map(collected, [*replies, chat]))
+
+    expected = [model.generate(ids, greedy, max_tokens=8) for ids in prompts]
+    expected.append(model.chat(messages, greedy, max_tokens=8, template=template))
+    plain = [[(chunk.token, chunk.text) for chunk in chunks] for chunks in expected]
+    assert asyncio.run(together()) == plain
+    assert all(plain)
 
 
 def test_arguments_of_the_wrong_kind_are_named(model: Model) -> None:
