@@ -8,6 +8,7 @@ import glob
 import os
 import secrets
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import BinaryIO
 
 from edgellama.errors import EdgeLlamaError, OutputError
 
-STALE = 24 * 3600  # seconds after which a temporary file has no writer any more
+STALE = 24 * 3600  # seconds after which a temporary file that cannot be locked has no writer
+_TRIES = 10  # names tried before giving up: each try fails only if a sweep takes the file at once
 
 
 @contextlib.contextmanager
@@ -25,20 +27,19 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     The bytes are on the disk before the name changes hands. If the block raises, or writing fails
     (disk full, quota, no permission), `path` stays as it was, the temporary file beside it is
     removed, and an OSError becomes OutputError. A link is followed once: its target is replaced.
+    A writer that is killed leaves its temporary file behind; the next one removes it.
     """
     target = _target(Path(path))
     stem = f".{target.name[:100]}."
     _sweep(target.parent, stem)
-    temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
     try:
         with contextlib.ExitStack() as on_failure:
-            file = open(temporary, "xb")  # noqa: SIM115 - closed below, before the renaming
+            file, temporary = _create(target, stem)
             on_failure.callback(_discard, file, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-            os.replace(temporary, target)
+            _rename(file, temporary, target)
             on_failure.pop_all()
         _sync_folder(target.parent)
     except OSError as error:
@@ -67,12 +68,69 @@ def _discard(file: BinaryIO, temporary: Path) -> None:
         temporary.unlink()
 
 
+def _create(target: Path, stem: str) -> tuple[BinaryIO, Path]:
+    """A new file beside the target, locked as long as it is open: a lock ends with its process."""
+    for _ in range(_TRIES):
+        temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 - the caller closes it
+        try:
+            if _lock(file) is not False and _same(file, temporary):
+                return file, temporary
+        except BaseException:
+            _discard(file, temporary)
+            raise
+        file.close()  # a sweep came between the two steps, and has removed the file or will
+    raise OutputError("another process keeps removing the temporary file", path=target)
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether this process now holds the file's lock; None where locks cannot be had."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems have none
+        return None
+    return True
+
+
+def _same(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _rename(file: BinaryIO, temporary: Path, target: Path) -> None:
+    """Close the file and give it its name; where that is possible, locked until it has it."""
+    if sys.platform == "win32":
+        file.close()
+    os.replace(temporary, target)
+    file.close()
+
+
 def _sweep(folder: Path, stem: str) -> None:
-    """Remove what a killed writer of the same file left behind."""
+    """Remove what killed writers of the same file left behind, and no living one's."""
     for old in folder.glob(glob.escape(stem) + "*.tmp"):
         with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > STALE:
-                old.unlink()
+            _remove_abandoned(old)
+
+
+def _remove_abandoned(path: Path) -> None:
+    if sys.platform == "win32":  # a file that somebody has open cannot be removed
+        path.unlink()
+        return
+    with open(path, "rb") as file:
+        locked = _lock(file)
+        if locked is None:
+            locked = time.time() - path.stat().st_mtime > STALE
+        if locked:
+            path.unlink()  # before the lock is gone, else a writer could take it in between
 
 
 def _sync_folder(folder: Path) -> None:

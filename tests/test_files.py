@@ -110,14 +110,42 @@ def test_output_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["out.bin"]
 
 
+@posix
 def test_output_sweeps_what_a_killed_writer_left(tmp_path: Path) -> None:
-    old, fresh = tmp_path / ".out[1].bin.aaaa.tmp", tmp_path / ".out[1].bin.bbbb.tmp"
+    dead = tmp_path / ".out[1].bin.aaaa.tmp"
+    dead.write_bytes(b"half")
+    with atomic_output(tmp_path / "out[1].bin"):
+        assert not dead.exists()
+    assert names_in(tmp_path) == ["out[1].bin"]
+
+
+def test_output_leaves_a_living_writer_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    with atomic_output(path) as slow:
+        slow.write(b"slow")
+        with atomic_output(path) as quick:
+            quick.write(b"quick")
+        assert path.read_bytes() == b"quick"
+    assert path.read_bytes() == b"slow"
+    assert names_in(tmp_path) == ["out.bin"]
+
+
+@posix
+def test_output_without_locks_goes_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system that has no locks."""
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    old, fresh = tmp_path / ".out.aaaa.tmp", tmp_path / ".out.bbbb.tmp"
     old.write_bytes(b"")
     fresh.write_bytes(b"")
     os.utime(old, (1e9, 1e9))
-    with atomic_output(tmp_path / "out[1].bin"):
+    with atomic_output(tmp_path / "out"):
         pass
-    assert names_in(tmp_path) == [fresh.name, "out[1].bin"]
+    assert names_in(tmp_path) == [fresh.name, "out"]
 
 
 @posix
