@@ -3,9 +3,9 @@
 Two runtimes are measured in turns, so that a machine that is busy or throttles treats both alike,
 and what is cold is measured in processes of its own. Knows nothing about terminals.
 
-    python -m edgellama.measure FILE RUNTIME THREADS CONTEXT START
+    python -m edgellama.measure WORK
 
-is such a process; it prints one JSON object. START is time.monotonic() of whoever started it.
+is such a process; WORK is a JSON object (see `fresh_process`), and so is what it prints.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,16 +81,16 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What every round does, cut to the context."""
+class Work:
+    """The ids that every round computes, cut to the context."""
 
     prefill: list[int]
     decode: list[int]
 
     @classmethod
-    def of(cls, model: "Model") -> "_Work":
+    def of(cls, model: "Model", prefill: int = PREFILL, decode: int = DECODE) -> "Work":
         context, size = model.info.context, model.config.vocab_size
-        prefill, decode = min(PREFILL, context), min(DECODE, context - 1)
+        prefill, decode = min(prefill, context), min(decode, context - 1)
         ids = [7919 * (i + 1) % size for i in range(max(prefill, decode))]
         return cls(ids[:prefill], ids[:decode])
 
@@ -125,11 +125,11 @@ def compare(
             )
             for name in runtimes
         ]
-        used, work = models[0].device["threads"], _Work.of(models[0])
+        used, work = models[0].device["threads"], Work.of(models[0])
         warm = _warm(models, work, rounds, steps)
         devices = [model.device for model in models]
-    cold = _in_turns(
-        [_cold(path, name, used, context, cancel) for name in runtimes], cold_rounds, steps
+    cold = in_turns(
+        [_cold(path, name, used, context, cancel) for name in runtimes], cold_rounds, steps.next
     )
     samples = [w | c for w, c in zip(warm, cold, strict=True)]
     return Comparison(
@@ -162,41 +162,57 @@ class _Steps:
         self.done += 1
 
 
-def _in_turns(subjects: Sequence[Step], rounds: int, steps: _Steps) -> list[Samples]:
-    """Run each subject once a round, the order turned around every time."""
+def in_turns(
+    subjects: Sequence[Step], rounds: int, each: Callable[[], None] = lambda: None
+) -> list[Samples]:
+    """Run each subject once a round, the order turned around every time; `each` before every one.
+
+    A figure that is None is left out.
+    """
     results: list[Samples] = [{} for _ in subjects]
     for round_ in range(rounds):
         order = range(len(subjects))
         for i in order if round_ % 2 == 0 else reversed(order):
-            steps.next()
+            each()
             for figure, value in subjects[i]().items():
                 if value is not None:
                     results[i].setdefault(figure, []).append(value)
     return results
 
 
-def _warm(models: Sequence["Model"], work: _Work, rounds: int, steps: _Steps) -> list[Samples]:
+def _warm(models: Sequence["Model"], work: Work, rounds: int, steps: _Steps) -> list[Samples]:
     subjects = [_round(model.session(), work, steps.cancel) for model in models]
-    _in_turns(subjects, 1, steps)
-    return _in_turns(subjects, rounds, steps)
+    in_turns(subjects, 1, steps.next)
+    return in_turns(subjects, rounds, steps.next)
 
 
-def _round(session: "Session", work: _Work, cancel: CancelToken) -> Step:
+def _round(session: "Session", work: Work, cancel: CancelToken) -> Step:
     def run() -> dict[str, float | None]:
         time.sleep(PAUSE)
-        session.truncate(0)
-        start = time.perf_counter()
-        session.forward(work.prefill)
-        prefill = time.perf_counter() - start
-        session.truncate(min(SMALL_CONTEXT, len(work.prefill) - len(work.decode)))
+        prefill = prefill_seconds(session, work.prefill)
         cancel.check("the measurement")
-        start = time.perf_counter()
-        for token in work.decode:
-            session.forward([token])
-        decode = time.perf_counter() - start
+        at = min(SMALL_CONTEXT, len(work.prefill) - len(work.decode))
+        decode = decode_seconds(session, work.decode, at)
         return {"prefill": len(work.prefill) / prefill, "decode": len(work.decode) / decode}
 
     return run
+
+
+def prefill_seconds(session: "Session", ids: Sequence[int]) -> float:
+    """Of computing `ids` at once into an empty cache."""
+    session.truncate(0)
+    start = time.perf_counter()
+    session.forward(ids)
+    return time.perf_counter() - start
+
+
+def decode_seconds(session: "Session", ids: Sequence[int], at: int) -> float:
+    """Of computing `ids` one by one after the first `at` tokens in the cache."""
+    session.truncate(at)
+    start = time.perf_counter()
+    for token in ids:
+        session.forward([token])
+    return time.perf_counter() - start
 
 
 def _measured(device: dict[str, Any], samples: Samples) -> Measured:
@@ -237,27 +253,55 @@ def fresh_process(
     threads: int,
     context: int = CONTEXT,
     *,
+    device: str = "auto",
+    prefill: int = PREFILL,
+    decode: int = DECODE,
     cancel: CancelToken | None = None,
     cache: Path | None = None,
 ) -> dict[str, float | None]:
-    """Load a model and begin a reply in a new process; `cache` replaces the folder of caches.
+    """Load a model and begin a reply in a new process, then compute what a round does.
 
-    Returns load_seconds, first_token_seconds and peak_bytes (None where the system does not say).
+    `cache` replaces the folder of caches. Returns load_seconds, first_token_seconds and
+    peak_bytes (None where the system does not say).
     """
-    environment = os.environ | ({"EDGELLAMA_CACHE": str(cache)} if cache else {})
-    arguments = [str(path), runtime, str(threads), str(context), repr(time.monotonic())]
+    work = {
+        "path": str(path),
+        "runtime": runtime,
+        "device": device,
+        "threads": threads,
+        "context": context,
+        "prefill": prefill,
+        "decode": decode,
+    }
+    program = [sys.executable, "-m", "edgellama.measure"]
+    return timed_program(program, work, runtime, cancel=cancel, cache=cache)
+
+
+def timed_program(
+    program: Sequence[str],
+    work: Mapping[str, object],
+    what: str,
+    *,
+    cancel: CancelToken | None = None,
+    cache: Path | None = None,
+) -> dict[str, float | None]:
+    """Run a program that is given `work` and its own `start` as JSON, and prints figures as JSON.
+
+    `start` is time.monotonic(). Raises EdgeLlamaError with the last line of its complaint.
+    """
+    argument = json.dumps({**work, "start": time.monotonic()})
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgellama.measure", *arguments],
+        [*program, argument],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment,
+        env=os.environ | ({"EDGELLAMA_CACHE": str(cache)} if cache else {}),
         text=True,
     )
     with process:
         out, complaint = _communicate(process, cancel)
     if process.returncode != 0:
         last = complaint.strip().splitlines()[-1:] or [f"status {process.returncode}"]
-        raise EdgeLlamaError(f"the process that measures {runtime} failed: {last[0]}")
+        raise EdgeLlamaError(f"the process that measures {what} failed: {last[0]}")
     figures: dict[str, float | None] = json.loads(out)
     return figures
 
@@ -275,18 +319,22 @@ def _communicate(process: "subprocess.Popen[str]", cancel: CancelToken | None) -
             raise
 
 
-def _child(arguments: Sequence[str]) -> dict[str, float | None]:
-    path, runtime, threads, context, started = arguments
+def _child(given: Mapping[str, Any]) -> dict[str, float | None]:
     before = time.perf_counter()
-    with load(path, runtime=runtime, threads=int(threads), context=int(context)) as model:
+    with load(
+        given["path"],
+        runtime=given["runtime"],
+        device=given["device"],
+        threads=given["threads"],
+        context=given["context"],
+    ) as model:
         loaded = time.perf_counter() - before
         next(model.generate(PROMPT, Sampling(temperature=0), max_tokens=1))
-        first_token = time.monotonic() - float(started)
-        work, session = _Work.of(model), model.session()
-        session.forward(work.prefill)
-        session.truncate(0)
-        for token in work.decode:
-            session.forward([token])
+        first_token = time.monotonic() - given["start"]
+        work = Work.of(model, given["prefill"], given["decode"])
+        session = model.session()
+        prefill_seconds(session, work.prefill)
+        decode_seconds(session, work.decode, 0)
         return {
             "load_seconds": loaded,
             "first_token_seconds": first_token,
@@ -333,4 +381,4 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_child(sys.argv[1:])) + "\n")
+    sys.stdout.write(json.dumps(_child(json.loads(sys.argv[1]))) + "\n")

@@ -55,7 +55,7 @@ def test_runtimes_take_turns(path: Path) -> None:
     seen: list[str] = []
     subjects = [lambda: seen.append("a") or {"x": 1.0}, lambda: seen.append("b") or {"x": 4.0}]
     steps = measure._Steps(6, edgellama.CancelToken(), None)
-    results = measure._in_turns(subjects, 3, steps)
+    results = measure.in_turns(subjects, 3, steps.next)
     assert seen == ["a", "b", "b", "a", "a", "b"]
     assert results == [{"x": [1.0] * 3}, {"x": [4.0] * 3}]
 
