@@ -27,6 +27,7 @@ from edgellama.errors import OutputError
 from edgellama.output import atomic_output
 from edgellama.paths import cache_dir
 from edgellama.runtimes.levels import Level
+from edgellama.runtimes.workshop import Workshop
 
 _LOG = logging.getLogger("edgellama")
 _MAGIC = b"edgellama kernel 1\n"
@@ -63,15 +64,16 @@ def addresses(
     """Where each kernel's machine code is in memory; compiled first if need be.
 
     Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `fine:Q8_0`, `embed:F16`. `progress` is
-    called with (done, total, "compiling kernels") while kernels are compiled; `cancel` is looked at
-    between two of them, which take up to a second each. Raises Cancelled.
+    called with (done, total, "compiling kernels") while kernels are compiled, in another thread:
+    this one answers `cancel` and signals meanwhile. Raises Cancelled.
     """
     names = list(dict.fromkeys(names))
-    with _lock:
-        missing = [name for name in names if (level.name, name) not in _loaded]
-        if missing:
-            _load(_objects(missing, level, progress, cancel), level)
-        return {name: _loaded[level.name, name] for name in names}
+    missing = [name for name in names if (level.name, name) not in _loaded]
+    if missing:
+        objects = _objects(missing, level, progress, cancel)
+        with _lock:  # another caller may have loaded some meanwhile
+            _load({k: v for k, v in objects.items() if (level.name, k) not in _loaded}, level)
+    return {name: _loaded[level.name, name] for name in names}
 
 
 def _objects(
@@ -79,20 +81,21 @@ def _objects(
 ) -> dict[str, bytes]:
     """Object code by kernel name, from the cache where it is there and sound."""
     found = {name: code for name in names if (code := _read(_file(name, level))) is not None}
-    missing = [name for name in names if name not in found]
-    for done, name in enumerate(missing):
-        if cancel:
-            cancel.check("compiling kernels")
-        if progress:
-            progress(done, len(missing), "compiling kernels")
-        found[name] = _compile(name, level)
-        _write(_file(name, level), found[name])
-    if missing and progress:
-        progress(len(missing), len(missing), "compiling kernels")
+    missing = [(name, level) for name in names if name not in found]
+    if missing:
+        made = _workshop.order(missing, progress, cancel, "compiling kernels")
+        found |= {name: code for (name, _), code in made.items()}
     return found
 
 
 def _compile(name: str, level: Level) -> bytes:
+def _make(name: str, level: Level) -> bytes:
+    """Compile a kernel and keep it; runs in the workshop's thread."""
+    code = _compile(name, level)
+    _write(_file(name, level), code)
+    return code
+
+
     from edgellama.runtimes import kernel_team, kernels, kernels_attention, kernels_linear
     from edgellama.runtimes.compiler import object_code
 
@@ -118,12 +121,17 @@ def _load(objects: dict[str, bytes], level: Level) -> None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine()
+_workshop = Workshop("edgellama-compile", _make)
+
+
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     for code in objects.values():
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     for name in objects:
+    if not objects:
+        return
         _loaded[level.name, name] = engine.get_function_address(symbol(name))
 
 
