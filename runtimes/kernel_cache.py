@@ -88,7 +88,6 @@ def _objects(
     return found
 
 
-def _compile(name: str, level: Level) -> bytes:
 def _make(name: str, level: Level) -> bytes:
     """Compile a kernel and keep it; runs in the workshop's thread."""
     code = _compile(name, level)
@@ -96,6 +95,7 @@ def _make(name: str, level: Level) -> bytes:
     return code
 
 
+def _compile(name: str, level: Level) -> bytes:
     from edgellama.runtimes import kernel_team, kernels, kernels_attention, kernels_linear
     from edgellama.runtimes.compiler import object_code
 
@@ -112,26 +112,26 @@ def _make(name: str, level: Level) -> bytes:
     return object_code(symbol(name), getattr(home, kind), level)
 
 
+_workshop = Workshop("edgellama-compile", _make)
+
+
 def symbol(name: str) -> str:
     """The C name of a kernel."""
     return "edgellama_" + name.replace(":", "_")
 
 
 def _load(objects: dict[str, bytes], level: Level) -> None:
+    if not objects:
+        return
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine()
-_workshop = Workshop("edgellama-compile", _make)
-
-
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     for code in objects.values():
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     for name in objects:
-    if not objects:
-        return
         _loaded[level.name, name] = engine.get_function_address(symbol(name))
 
 
