@@ -23,7 +23,6 @@ from edgellama.weights import ROPE_FACTORS, check_tensors, expected_shapes, mode
 
 Bits = NDArray[Any]
 Floats = NDArray[np.float32]
-Kind = Literal["safetensors", "pytorch", "meta", "gguf"]
 
 _STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _WRITERS = ("general.file_type", "general.quantization_version", "general.alignment")
@@ -74,7 +73,7 @@ class Source:
     """An open model to convert. A context manager; tensors may be read from any thread."""
 
     path: Path
-    kind: Kind
+    kind: str  # "safetensors", "pytorch", "meta" or "gguf"
     config: ModelConfig  # checked against metadata and tensors
     metadata: dict[str, Any]  # GGUF keys to write: general.*, llama.*, tokenizer.*
     tensors: dict[str, SourceTensor]  # by GGUF name, in the order to write
