@@ -198,4 +198,5 @@ class CpuSession:
     def close(self) -> None:
         self.stop()
         with self.model.turns.turn():
+            self.model.team.settle()
             self.cache = np.zeros(0, np.uint8)

@@ -112,7 +112,7 @@ def _compile(name: str, level: Level) -> bytes:
     return object_code(symbol(name), getattr(home, kind), level)
 
 
-_workshop = Workshop("edgellama-compile", _make)
+_workshop: Workshop[tuple[str, Level], bytes] = Workshop("edgellama-compile", _make)
 
 
 def symbol(name: str) -> str:

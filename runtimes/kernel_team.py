@@ -77,18 +77,22 @@ def wait(claim: int, units: int, epoch: int, state: int) -> bool:
 
 @inline
 def close(counters: int, first: int, n_instructions: int, epoch: int) -> None:
-    """Stop the epoch from instruction `first` on: no new claims, and none left unfinished."""
+    """Stop the epoch from instruction `first` on: no new claims, and none left unfinished.
+
+    Once closed, or never opened in this epoch, an instruction stays as it is.
+    """
     for i in range(first, n_instructions):
         claim = counters + i * abi.COUNTER_BYTES
-        claimed = memory.atomic_exchange(claim, int64(-1)) & UNIT_MASK
+        before = memory.atomic_exchange(claim, int64(-1))
+        claimed = before & UNIT_MASK if before >> 32 == epoch else int64(0)
         while memory.atomic_load(claim + abi.DONE) & UNIT_MASK < claimed:
             memory.pause()
 
 
 def lead(program: int, counters: int, n_instructions: int, state: int) -> None:
-    """Run the program as thread 0, which ends the epoch; `team.py` has opened it.
+    """Run the program, or a slice of it, as thread 0, which ends the epoch that `team.py` opened.
 
-    If the cancel cell is set on the way, the rest is left undone.
+    If the cancel cell is set on the way, the rest is left undone and closed.
     """
     epoch = memory.load_i64(state + abi.EPOCH * WORD)
     for i in range(n_instructions):

@@ -178,6 +178,77 @@ def test_cancelling_a_run_that_is_under_way() -> None:
     helpers.close()
 
 
+def interrupted_lead(helpers: Team, at: int) -> None:
+    """Let the `at`th slice end in an exception, as a signal's between two of them does."""
+    lead, calls = helpers._lead, iter(range(at, -1, -1))
+
+    def slices(*arguments: int) -> None:
+        lead(*arguments)
+        if next(calls, 1) == 0:
+            raise KeyboardInterrupt
+
+    helpers._lead = slices
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_an_exception_between_slices_leaves_nobody_at_work(at: int) -> None:
+    cell = np.zeros(1, np.int64)
+    long = np.zeros((600, abi.INSTRUCTION_WORDS), np.int64)
+    long[:, :5] = address(_spin), 64, abi.ONE, cell.ctypes.data, 100
+    counters, after = counters_for(long), Mixing([20, 1, 50, 7])
+    for threads in (1, 3):
+        helpers = team(threads)
+        interrupted_lead(helpers, at)
+        cell[0] = 0
+        with pytest.raises(KeyboardInterrupt):
+            helpers.run(long, counters, state_for())
+        stopped_at = cell[0]
+        assert stopped_at < 600 * 64 * 100
+        after.run(helpers)
+        assert after.right() and cell[0] == stopped_at
+        helpers.run(long, counters, state_for())
+        assert cell[0] == stopped_at + 600 * 64 * 100
+        helpers.close()
+
+
+def test_an_exception_before_the_start_or_after_a_cancellation() -> None:
+    """Neither what was never opened nor what is closed already is waited for."""
+    program, helpers, token = Mixing([20, 30, 4]), team(3), CancelToken()
+    program.run(helpers)
+    for opened in (False, True):
+        state = state_for()
+        helpers._under_way = program.program, program.counters, state
+        if opened:  # as far as the first half of opening
+            state[abi.EPOCH] = helpers._epoch + 1
+            words = program.counters.view(np.int64).reshape(-1, abi.COUNTER_BYTES // 8)
+            words[:, abi.DONE // 8] = state[abi.EPOCH] << 32
+        helpers.settle()
+        program.run(helpers)
+        assert program.right()
+    token.cancel()
+    interrupted_lead(helpers, 0)
+    with pytest.raises(KeyboardInterrupt):
+        program.run(helpers, token)
+    program.run(helpers)
+    assert program.right()
+    helpers.close()
+
+
+def test_long_programs_come_back_to_the_interpreter() -> None:
+    cell, calls = np.zeros(1, np.int64), []
+    long = np.zeros((400, abi.INSTRUCTION_WORDS), np.int64)
+    long[:, :5] = address(_spin), 64, abi.ONE, cell.ctypes.data, 1000
+    counters, helpers = counters_for(long), team(2)
+    lead = helpers._lead
+    helpers._lead = lambda *arguments: calls.append(arguments[2]) or lead(*arguments)
+    for _ in range(2):
+        calls.clear()
+        helpers.run(long, counters, state_for())
+        assert sum(calls) == 400 and len(calls) > 1
+    assert cell[0] == 2 * 400 * 64 * 1000
+    helpers.close()
+
+
 def test_closing_twice_and_running_alone_afterwards() -> None:
     helpers, before = team(4), threading.active_count()
     helpers.close()
@@ -251,5 +322,38 @@ model.close()
 def test_a_forked_child_is_refused_and_does_not_hang(tmp_path: Any) -> None:
     path = write_tiny(tmp_path / "tiny.gguf")
     command = [sys.executable, "-c", FORK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+
+
+SIGNALS = """
+import os, signal, sys, threading, time
+import numpy as np
+import edgellama
+with edgellama.load(sys.argv[1], threads=3) as model:
+    session, ids = model.session(), list(range(1, 100))
+    before = session.forward(ids)
+    session.truncate(5)
+    for i in range(20):
+        timer = threading.Timer(0.003 * i, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            while True:  # each call from the same position, whatever the one before came to
+                session.truncate(5)
+                session.forward(ids[5:])
+        except KeyboardInterrupt:
+            pass
+        timer.join()
+        assert session.position in (5, 99), session.position
+        session.truncate(5)
+        assert np.array_equal(session.forward(ids[5:]), before)
+        session.truncate(5)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to a process are POSIX's")
+def test_a_signal_in_the_caller_leaves_the_model_usable(tmp_path: Any) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf")
+    command = [sys.executable, "-c", SIGNALS, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
