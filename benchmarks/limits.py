@@ -3,7 +3,7 @@
     python benchmarks/limits.py [--threads N] [--rounds N]
 
 Read bandwidth: all threads add up a buffer many times the size of the last cache. Products: all
-threads run `simd.dot4_small`, what the kernels' integer products are made of, on operands in the first
+threads run `simd.dot4_small`, what integer kernels are made of, on operands in the first
 cache and sums in registers; four multiplications and four additions a lane. Both kernels go
 through the project's own compiler, at the instruction-set level named. An engine beside the vector
 unit (AMX) may exceed the second. Knows nothing about models.
