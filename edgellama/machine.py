@@ -4,8 +4,9 @@ What only Linux tells has a fallback. Knows nothing about models.
 """
 
 import os
-import sys
 from pathlib import Path
+
+from edgellama import cgroups
 
 
 def usable_cores() -> int:
@@ -15,7 +16,7 @@ def usable_cores() -> int:
     else:
         allowed = set(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in allowed}
-    return max(1, min(len(cores), _quota()))
+    return max(1, min(len(cores), cgroups.cores() or len(cores)))
 
 
 def _siblings(cpu: int) -> str:
@@ -27,15 +28,6 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _quota() -> int:
-    """Whole cores that the cgroup (version 2) grants, rounded up."""
-    try:
-        granted, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, -(-int(granted) // int(period)))
-    except (OSError, ValueError):
-        return sys.maxsize
-
-
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, the cgroup's limit included; None if unknown."""
     try:
@@ -44,9 +36,5 @@ def available_memory() -> int | None:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return min(free, max(0, limit - used))
-    except (OSError, ValueError):  # no cgroup, or its limit is "max"
-        return free
+    limit = cgroups.free_memory()
+    return free if limit is None else min(free, limit)
