@@ -166,6 +166,30 @@ def bench(
     run_bench(ctx.obj, model, against=against, how=Running.of(ctx.params))
 
 
+@app.command()
+def perplexity(
+    ctx: typer.Context,
+    model: Model,
+    text: options.Text,
+    base: options.Base = None,
+    base_runtime: options.BaseRuntime = None,
+    chunks: options.Chunks = None,
+    runtime: options.Runtime = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    context: options.ChunkTokens = 512,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure how well a model predicts a text, and how far it is from a base model."""
+    from edgellama.cli.perplexity import show_perplexity
+    from edgellama.cli.reply import Running
+
+    how, other = Running.of(ctx.params), base_runtime or runtime
+    show_perplexity(ctx.obj, model, text, base=base, how=how, base_runtime=other, chunks=chunks)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
     status = _status(arguments)

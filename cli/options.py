@@ -56,6 +56,19 @@ Seed = Annotated[int | None, _twin("--seed", help="The same seed gives the same 
 Against = Annotated[
     str | None, _twin("--against", help="Another runtime, side by side: llama.cpp, reference.")
 ]
+Text = Annotated[Path, _twin("--text", help="A UTF-8 text file.")]
+Base = Annotated[
+    str | None, _twin("--base", help="Compare with this model, of the same vocabulary.")
+]
+BaseRuntime = Annotated[
+    str | None, _twin("--base-runtime", show_default="that of the model", help="Its runtime.")
+]
+Chunks = Annotated[
+    int | None, _twin("--chunks", min=1, show_default="all", help="Take this many chunks only.")
+]
+ChunkTokens = Annotated[  # without a twin: a habit of chatting must not change a measure
+    int, typer.Option("--context", min=8, help="Tokens of a chunk; figures differ with it.")
+]
 Raw = Annotated[bool, _twin("--raw", help="Continue the text: no chat template.")]
 From = Annotated[Path | None, _twin("--from", help="A wheel or GGUF file that is already here.")]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
