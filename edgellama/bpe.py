@@ -89,7 +89,7 @@ def split(text: str, name: str) -> list[str]:
 
 
 @cache
-def _alphabet() -> dict[int, str]:
+def alphabet() -> dict[int, str]:
     """Byte value -> character: printable Latin-1 stands for itself, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -98,7 +98,7 @@ def _alphabet() -> dict[int, str]:
 
 @cache
 def _byte_of() -> dict[str, bytes]:
-    return {character: bytes([byte]) for byte, character in _alphabet().items()}
+    return {character: bytes([byte]) for byte, character in alphabet().items()}
 
 
 class ByteLevelBPE:
@@ -140,7 +140,7 @@ class ByteLevelBPE:
 
     def _encode_word(self, word: str) -> list[int]:
         known = self._vocab.ids
-        text = word.encode().decode("latin-1").translate(_alphabet())
+        text = word.encode().decode("latin-1").translate(alphabet())
         if self._whole_words and text in known:
             ids = [known[text]]
         else:

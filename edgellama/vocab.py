@@ -259,7 +259,7 @@ def _check_merges(keys: _Keys, merges: Sequence[str], start: int, ids: Mapping[s
 
 def _ends(keys: _Keys, specials: Mapping[str, int], types: Sequence[int]) -> tuple[int, ...]:
     """Ids that end a turn: the file's own keys first, then control tokens known by name."""
-    ids = [keys.token_id(key, len(types)) for key in ("eos_token_id", "eot_token_id")]
+    ids = [keys.token_id(f"{end}_token_id", len(types)) for end in ("eos", "eot", "eom")]
     named = [specials.get(name) for name in END_NAMES]
     ids += [i for i in named if i is not None and types[i] == CONTROL]
     return tuple(dict.fromkeys(i for i in ids if i is not None))

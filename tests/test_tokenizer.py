@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tinyvocabs import BOTH, GPT2, LLAMA, both, gpt2, llama, streamed, texts_of
 
-from edgellama.bpe import _alphabet, split
+from edgellama.bpe import alphabet, split
 from edgellama.errors import ParameterError, TokenizerError
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 
@@ -109,7 +109,7 @@ def test_byte_level_rules() -> None:
 def test_a_byte_without_token_is_dropped() -> None:
     metadata = gpt2()
     tokens = metadata["tokenizer.ggml.tokens"]
-    tokens[tokens.index(_alphabet()[0x04])] = "another"
+    tokens[tokens.index(alphabet()[0x04])] = "another"
     tokenizer = tokenizer_from_gguf(metadata)
     assert tokenizer.decode(tokenizer.encode("a\x04b")) == "ab"
 
@@ -210,7 +210,7 @@ def test_the_longest_special_token_wins() -> None:
 
 
 def test_a_user_defined_token_hides_the_control_token_inside_it() -> None:
-    tokens = ["<end>", "<end><x>", *_alphabet().values()]
+    tokens = ["<end>", "<end><x>", *alphabet().values()]
     types = [3, 4] + [1] * 256
     tokenizer = tokenizer_from_gguf(gpt2(tokens=tokens, token_type=types, merges=[]))
     assert tokenizer.encode("<end><x><end>", special=True) == [1, 0]

@@ -76,7 +76,13 @@ def refusals() -> list[Any]:
         (LLAMA, "token_type", array("d", [1.0] * n), "[0] is 1.0"),
         *[
             (LLAMA, key, bad, f"integer 0..{n - 1}")
-            for key in ("bos_token_id", "eos_token_id", "eot_token_id", "unknown_token_id")
+            for key in (
+                "bos_token_id",
+                "eos_token_id",
+                "eot_token_id",
+                "eom_token_id",
+                "unknown_token_id",
+            )
             for bad in (-1, n, 2**32 - 1, True, 1.0, "1")
         ],
         (LLAMA, "add_bos_token", 1, "a bool"),

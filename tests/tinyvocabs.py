@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from edgellama.bpe import _alphabet
+from edgellama.bpe import alphabet
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 
 LLAMA, GPT2 = "llama", "gpt2"
@@ -45,7 +45,7 @@ def llama(**changes: Any) -> dict[str, Any]:
 def gpt2(**changes: Any) -> dict[str, Any]:
     """3 control tokens, one user-defined, 256 bytes, the results of MERGES."""
     results = [line.replace(" ", "") for line in MERGES]
-    tokens = ["<|im_start|>", "<|im_end|>", "<|im", "<tool>", *_alphabet().values(), *results]
+    tokens = ["<|im_start|>", "<|im_end|>", "<|im", "<tool>", *alphabet().values(), *results]
     values = {
         "model": GPT2,
         "pre": "smollm",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edgellama.bpe import _alphabet
+from edgellama.bpe import alphabet
 from edgellama.gguf import open_gguf
 from edgellama.vocab import CONTROL, NORMAL
 
@@ -112,10 +112,10 @@ def from_tokenizer_json(path: Path) -> dict[str, Any]:
 def from_ranks(path: Path) -> dict[str, Any]:
     """LLaMA 3's ranks file: a merge for every way to halve a token, in the order of the tokens."""
     ranks = dict(map(_rank, path.read_text().splitlines()))
-    alphabet = _alphabet()
+    letters = alphabet()
 
     def text(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
+        return "".join(letters[byte] for byte in token)
 
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
