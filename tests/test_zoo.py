@@ -14,7 +14,7 @@ from edgellama.config import ModelConfig, config_from_gguf
 from edgellama.quantize import quantize
 from edgellama.quantize.architectures import hf_metadata
 
-NMSE = 1e-9  # promised; measured: up to 1.4e-11
+NMSE = 1e-9  # promised; measured: up to 1.3e-11
 EXPECTED = np.load(zoo.DATA / "zoo_logits.npz")
 BY_NAME = {release["name"]: release for release in zoo.RELEASES}
 

@@ -115,12 +115,12 @@ EXTRAS = {  # what relatives beyond the list do
         "rope_scaling": {
             "rope_type": "yarn",
             "factor": 4.0,
-            "original_max_position_embeddings": 64,
+            "original_max_position_embeddings": 4096,
             "attention_factor": 0.9,
-            "beta_fast": 16.0,
+            "beta_fast": 4.0,
             "beta_slow": 2.0,
         },
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 4096,
     },
     "rope_parameters": {
         "rope_parameters": {"rope_theta": 2000.0, "rope_type": "linear", "factor": 2.0},
@@ -186,14 +186,14 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """float32 weights that depend on names and shapes alone; activations stay near 1."""
+    """float32 weights that depend on names and shapes alone."""
     made = {}
     for name, shape in shapes(config).items():
         values = np.random.default_rng(crc32(name.encode())).standard_normal(shape, np.float32)
         if len(shape) == 1:
             made[name] = 1 + np.float32(0.1) * values
         elif name == "model.embed_tokens.weight" and not config["tie_word_embeddings"]:
-            made[name] = values
+            made[name] = np.float32(0.02) * values  # so small that the norm's epsilon matters
         else:
             made[name] = values * np.float32(2 / np.sqrt(shape[1]))
     return made
