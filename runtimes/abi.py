@@ -48,16 +48,19 @@ DONE = 64
 # f32 scale, i32 sum of the high bytes, i32 sum of the low ones; f32 sum of scale * high, and of
 # scale * (high + low / 128).
 #
-# For float products 8 columns each.
+# For float products 8 columns each. For tiles 32 columns each, rounded to bfloat16, with room for a
+# multiple of TILE tokens.
 Q8_RECORD = 96
 Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = 32, 64, 72, 80
 Q8_SCALED_SUM, Q8_FINE_SUM = 88, 92
 F32_RECORD, F32_COLUMNS = 32, 8
+BF16_RECORD = 64
 
 KV_F32, KV_F16, KV_Q8_0 = 0, 1, 2  # how keys and values are kept
 ATTENTION_BLOCK = 64  # cache positions that lie together, and that a softmax step takes at once
 ATTENTION_SPLIT = 1024  # cache positions summed by themselves
 TILE = 32  # tokens that share one reading of 16 weight rows
+PANEL = 2048  # bytes of 32 columns of 32 weight rows as bfloat16: two tiles
 
 
 def key_bytes(kind: int, head_dim: int) -> int:

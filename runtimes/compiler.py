@@ -26,7 +26,10 @@ define void @{name}({parameters}) {{
 }}
 declare i32 @"{inner}"(ptr, ptr, {kinds})
 """
-_EXTERNAL = ("dot4", "dot4_small", "lookup", "fma", "from_f16", "to_f16", "pause")
+_EXTERNAL = (
+    *("dot4", "dot4_small", "lookup", "fma", "from_f16", "to_f16", "to_bf16", "pause"),
+    *("tile_begin", "tile_block", "tile_end"),
+)
 
 
 def inline(function: Callable[..., Any]) -> Any:

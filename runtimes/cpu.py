@@ -7,6 +7,7 @@ key/value caches. Knows nothing about operators (see `kernels.py`) or about text
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,11 @@ from edgellama.graph import Graph
 from edgellama.runtimes import abi, kernel_cache, levels
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.cpu_weights import Weights
+from edgellama.runtimes.places import CacheShape, aligned
 from edgellama.runtimes.program import (
-    CHUNK,
-    ROWS,
-    CacheShape,
-    aligned,
+    PLAIN,
+    TILED,
+    Program,
     kernel_names,
     lower,
     scratch_bytes,
@@ -34,6 +35,7 @@ from edgellama.weights import rope_factors
 
 KV_TYPES = {"f32": abi.KV_F32, "f16": abi.KV_F16, "q8_0": abi.KV_Q8_0}
 ANGLES_AT_ONCE = 1024  # positions whose cosines are computed together
+FEW = 32  # tokens below which tiles would be mostly empty
 
 
 class Cpu:
@@ -45,7 +47,10 @@ class Cpu:
         config = graph.config
         self.level, self.level_reason = levels.choose()
         types = {name: file.tensors[name].type.name for name in graph.weights}
-        names = kernel_names(graph, types)
+        batches = [PLAIN]
+        if self.level.tiles and not options.deterministic:
+            batches.append(replace(TILED, tiles=self.level.tiles))
+        names = [name for batch in batches for name in kernel_names(graph, types, batch)]
         kernels = kernel_cache.addresses(names, self.level, options.progress, options.cancel)
         self.weights = Weights(file, graph, options)
         self.warnings = [*kernel_cache.warnings, *self.weights.warnings]
@@ -56,11 +61,10 @@ class Cpu:
             options.context,
             KV_TYPES[options.kv_type],
         )
-        self.program = lower(
-            graph, self.weights.matrices, self.weights.vectors, kernels, self.cache
-        )
+        parts = (self.weights.matrices, self.weights.vectors, kernels, self.cache)
+        self.programs = [lower(graph, *parts, batch) for batch in batches]
         self.angles = Angles(graph, options.context, rope_factors(file, config))
-        self.scratch_bytes = scratch_bytes(graph)
+        self.scratch_bytes = max(scratch_bytes(graph, batch) for batch in batches)
         self.scratch = aligned(self.scratch_bytes * options.threads)
         self.turns = Turns()  # one program, one set of buffers: one step at a time
         self.sessions: weakref.WeakSet[CpuSession] = weakref.WeakSet()
@@ -71,6 +75,10 @@ class Cpu:
             kernel_cache.function(kernels["follow"], 6),
         )
         self.give_up_core = give_up_core()
+
+    def program(self, n_tokens: int) -> Program:
+        """The one to run, given how many tokens are still to come."""
+        return self.programs[-1 if n_tokens >= FEW else 0]
 
     def session(self) -> "CpuSession":
         session = CpuSession(self)
@@ -87,7 +95,11 @@ class Cpu:
         }
 
     def memory(self) -> dict[str, int]:
-        scratch = self.program.scratch_bytes + self.angles.table.nbytes + self.scratch.nbytes
+        scratch = (
+            sum(p.scratch_bytes for p in self.programs)
+            + self.angles.table.nbytes
+            + self.scratch.nbytes
+        )
         return {
             "weights": self.weights.n_bytes,
             "kv_cache": self.cache.total_bytes,
@@ -139,25 +151,30 @@ class CpuSession:
         model = self.model
         if os.getpid() != model.pid:
             raise ForkedProcess("the model was loaded before this process forked")
-        step = ROWS if all_logits else CHUNK
-        vocab, before = model.graph.config.vocab_size, self.position
+        vocab, before, start = model.graph.config.vocab_size, self.position, 0
         result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
         try:
-            for start in range(0, len(ids), step):
-                chunk = np.asarray(ids[start : start + step], np.int64)
+            while start < len(ids):
+                program = model.program(len(ids) - start)
+                chunk = np.asarray(ids[start : start + program.batch.tokens], np.int64)
                 last = start + len(chunk) == len(ids)
                 rows = np.arange(len(chunk)) if all_logits else np.array([len(chunk) - 1] * last)
                 with model.turns.turn(cancel, "forward"):
-                    self._run(chunk, rows.astype(np.int64), cancel)
+                    self._run(program, chunk, rows.astype(np.int64), cancel)
                     at = start if all_logits else 0
-                    result[at : at + len(rows)] = model.program.logits[: len(rows), :vocab]
+                    result[at : at + len(rows)] = program.logits[: len(rows), :vocab]
+                start += len(chunk)
         except BaseException:
             self.position = before
             raise
         return result if all_logits else result[0]
 
     def _run(
-        self, ids: NDArray[np.int64], rows: NDArray[np.int64], cancel: CancelToken | None
+        self,
+        program: Program,
+        ids: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        cancel: CancelToken | None,
     ) -> None:
         """One step: the tokens in the cache, and logits of the rows in the program's room."""
         model = self.model
@@ -178,7 +195,7 @@ class CpuSession:
         state[abi.GIVE_UP_CORE] = model.give_up_core
         state[abi.SCRATCH] = model.scratch.ctypes.data
         state[abi.SCRATCH_BYTES] = model.scratch_bytes
-        model.team.run(model.program.words, model.program.counters, state)
+        model.team.run(program.words, program.counters, state)
         self._check_open()
         if cancel:
             cancel.check("forward")

@@ -15,7 +15,8 @@ from edgellama.graph import Graph
 from edgellama.runtimes import abi
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.loading import Loader
-from edgellama.runtimes.program import Matrix, aligned, products
+from edgellama.runtimes.places import Matrix, aligned
+from edgellama.runtimes.program import products
 from edgellama.runtimes.repack import padded, repack, repacked_bytes
 
 
@@ -79,7 +80,7 @@ class _Repacking:
 
     def __init__(self, loader: Loader, pool: ThreadPoolExecutor, most: int) -> None:
         self.loader, self._pool, self._most = loader, pool, most
-        self._under_way: deque[Future[None]] = deque()
+        self._under_way: deque[tuple[Future[None], NDArray[np.uint8]]] = deque()
 
     def load(self, name: str, out: NDArray[np.uint8]) -> None:
         """Read a matrix and have it repacked into `out`, at once or soon."""
@@ -89,10 +90,16 @@ class _Repacking:
         for first, raw in self.loader.pieces(name, abi.LANES):
             at = first // abi.LANES * group
             piece = out[at : at + repacked_bytes(kind, len(raw), columns)]
-            self._under_way.append(self._pool.submit(repack, kind, raw, columns, piece))
+            future = self._pool.submit(repack, kind, raw, columns, piece)
+            self._under_way.append((future, raw))
             if len(self._under_way) > self._most:
-                self._under_way.popleft().result()
+                self._finish_one()
 
     def finish(self) -> None:
         while self._under_way:
-            self._under_way.popleft().result()
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        future, raw = self._under_way.popleft()
+        future.result()
+        self.loader.give_back(raw)

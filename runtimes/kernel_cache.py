@@ -38,6 +38,7 @@ _SOURCES = [  # what the machine code follows from
     "kernels",
     "kernels_attention",
     "kernels_linear",
+    "kernels_tiles",
     "level_sources",
     "levels",
     "memory",
@@ -96,7 +97,13 @@ def _make(name: str, level: Level) -> bytes:
 
 
 def _compile(name: str, level: Level) -> bytes:
-    from edgellama.runtimes import kernel_team, kernels, kernels_attention, kernels_linear
+    from edgellama.runtimes import (
+        kernel_team,
+        kernels,
+        kernels_attention,
+        kernels_linear,
+        kernels_tiles,
+    )
     from edgellama.runtimes.compiler import object_code
 
     kind, _, type_name = name.partition(":")
@@ -105,6 +112,8 @@ def _compile(name: str, level: Level) -> bytes:
             "linear": kernels_linear.linear,
             "fine": partial(kernels_linear.linear, fine=True),
             "embed": kernels_linear.embed,
+            "tiles": kernels_tiles.tiles,
+            "plain_tiles": partial(kernels_tiles.tiles, unit="plain_tiles"),
         }
         return object_code(symbol(name), makers[kind](type_name), level)
     homes = (kernels, kernels_attention, kernel_team)

@@ -90,8 +90,19 @@ def pack_q8(a: Any, b: Any, record: int) -> None:
 
 
 @inline
-def pack(a: Any, b: Any, block: int, token: int, n_tokens: int, q8: int, f32: int) -> None:
+def padded_tokens(n_tokens: int) -> Any:
+    """How many tokens records for tiles have room for."""
+    return (n_tokens + abi.TILE - 1) // abi.TILE * abi.TILE
+
+
+@inline
+def pack(
+    a: Any, b: Any, block: int, token: int, n_tokens: int, q8: int, f32: int, bf16: int
+) -> None:
     """Store 32 columns in each format that has an address."""
+    if bf16 != 0:
+        record = block * padded_tokens(n_tokens) + token
+        memory.store_bf16x32(bf16 + record * abi.BF16_RECORD, a, b)
     if q8 != 0:
         pack_q8(a, b, q8 + (block * n_tokens + token) * abi.Q8_RECORD)
     if f32 != 0:
@@ -104,29 +115,30 @@ def pack(a: Any, b: Any, block: int, token: int, n_tokens: int, q8: int, f32: in
 
 
 def pack_rows(instruction: int, state: int, first: int, last: int, thread: int) -> None:
-    """Pack rows for a matrix product. Arguments: rows, stride, blocks, q8, f32. Unit: a token."""
+    """Pack rows for a matrix product. Unit: a token.
+
+    Arguments: rows, stride, blocks, q8, f32, bf16.
+    """
     rows, stride = argument(instruction, 0), argument(instruction, 1)
-    blocks, q8, f32 = (
-        argument(instruction, 2),
-        argument(instruction, 3),
-        argument(instruction, 4),
-    )
+    blocks, q8, f32 = argument(instruction, 2), argument(instruction, 3), argument(instruction, 4)
+    bf16 = argument(instruction, 5)
     n_tokens = memory.load_i64(state + abi.N_TOKENS * WORD)
     for token in range(first, last):
         for block in range(blocks):
             x = rows + token * stride + block * BLOCK * 4
-            pack(memory.load_f32x16(x), memory.load_f32x16(x + 64), block, token, n_tokens, q8, f32)
+            a, b = memory.load_f32x16(x), memory.load_f32x16(x + 64)
+            pack(a, b, block, token, n_tokens, q8, f32, bf16)
 
 
 def norm(instruction: int, state: int, first: int, last: int, thread: int) -> None:
     """RMS norm of rows, packed. Unit: a token.
 
-    Arguments: rows, stride, blocks, q8, f32, weight, eps (float64), 1 / columns (float64), and
-    the state word that counts the tokens. The mean square is float64: squares of 1e20 fit.
+    Arguments: rows, stride, blocks, q8, f32, weight, eps (float64), 1 / columns (float64), the
+    state word that counts the tokens, bf16. The mean square is float64: squares of 1e20 fit.
     """
     rows, stride = argument(instruction, 0), argument(instruction, 1)
     blocks, q8, f32 = argument(instruction, 2), argument(instruction, 3), argument(instruction, 4)
-    weight = argument(instruction, 5)
+    weight, bf16 = argument(instruction, 5), argument(instruction, 9)
     eps = memory.load_f64(instruction + (ARGS + 6) * WORD)
     share = memory.load_f64(instruction + (ARGS + 7) * WORD)
     n_tokens = memory.load_i64(state + argument(instruction, 8) * WORD)
@@ -141,7 +153,7 @@ def norm(instruction: int, state: int, first: int, last: int, thread: int) -> No
             p, w = x + block * BLOCK * 4, weight + block * BLOCK * 4
             a = simd.mul(simd.mul(memory.load_f32x16(p), scale), memory.load_f32x16(w))
             b = simd.mul(simd.mul(memory.load_f32x16(p + 64), scale), memory.load_f32x16(w + 64))
-            pack(a, b, block, token, n_tokens, q8, f32)
+            pack(a, b, block, token, n_tokens, q8, f32, bf16)
 
 
 @inline
@@ -155,12 +167,12 @@ def silu_mul(gate: Any, up: Any) -> Any:
 def swiglu(instruction: int, state: int, first: int, last: int, thread: int) -> None:
     """silu(gate) * up, packed. Unit: 32 columns of one token.
 
-    Arguments: gate, up, stride, blocks, q8, f32, and how many times 16 columns there are (0: all
-    that the blocks have room for). What lies behind them is another's and is taken as zeros.
+    Arguments: gate, up, stride, blocks, q8, f32, how many times 16 columns there are (0: all that
+    the blocks have room for), bf16. What lies behind them is another's and is taken as zeros.
     """
     gate, up, stride = argument(instruction, 0), argument(instruction, 1), argument(instruction, 2)
     blocks, q8, f32 = argument(instruction, 3), argument(instruction, 4), argument(instruction, 5)
-    vectors = argument(instruction, 6)
+    vectors, bf16 = argument(instruction, 6), argument(instruction, 7)
     n_tokens = memory.load_i64(state + abi.N_TOKENS * WORD)
     for unit in range(first, last):
         token, block = unit // blocks, unit % blocks
@@ -169,7 +181,7 @@ def swiglu(instruction: int, state: int, first: int, last: int, thread: int) -> 
         b = simd.splat_f32(float32(0.0))
         if vectors == 0 or 2 * block + 1 < vectors:
             b = silu_mul(memory.load_f32x16(gate + at + 64), memory.load_f32x16(up + at + 64))
-        pack(a, b, block, token, n_tokens, q8, f32)
+        pack(a, b, block, token, n_tokens, q8, f32, bf16)
 
 
 def select(instruction: int, state: int, first: int, last: int, thread: int) -> None:

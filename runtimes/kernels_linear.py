@@ -111,15 +111,15 @@ def _embed(decode: Any, layout: Layout) -> Kernel:
     return embed
 
 
-_PIECES = pieces.PIECES | pieces_quants.PIECES
+PIECES = pieces.PIECES | pieces_quants.PIECES
 
 
 def linear(type_name: str, *, fine: bool = False) -> Kernel:
     """The matrix product for weights of one type; fine: with activations of 15 bits, not 8."""
-    load, dot, _ = _PIECES[type_name]
+    load, dot, _ = PIECES[type_name]
     return _linear(load, dot, LAYOUTS[type_name], int(fine))
 
 
 def embed(type_name: str) -> Kernel:
     """The row lookup for weights of one type."""
-    return _embed(_PIECES[type_name][2], LAYOUTS[type_name])
+    return _embed(PIECES[type_name][2], LAYOUTS[type_name])

@@ -1,9 +1,10 @@
 """What differs between instruction-set levels, in LLVM's own language.
 
 Every level defines the same functions on sixteen lanes: `dot4` and `dot4_small` (sums of four
-products of bytes), `lookup` (a table of sixteen bytes), `fma`, `from_f16`, `to_f16` and `pause`.
-`simd.py` and `memory.py` call them by name. Integer results are bit-equal at all levels, and so
-are float results but for `generic`, which does without fused multiply-add.
+products of bytes), `lookup` (a table of sixteen bytes), `fma`, `from_f16`, `to_f16`, `to_bf16` and
+`pause`. `simd.py` and `memory.py` call them by name. Integer results are bit-equal at all levels,
+and so are float results but for `generic`, which does without fused multiply-add. Level `amx` has
+three more, `tile_begin`, `tile_block` and `tile_end`: products of bfloat16 matrices.
 
 Knows nothing about machines: `levels.py` chooses.
 """
@@ -331,10 +332,102 @@ _MUL_ADD = _function(
     "  %m = fmul <16 x float> %x, %y\n  %r = fadd <16 x float> %m, %z\n  ret <16 x float> %r",
 )
 
+# bfloat16 in integer arithmetic: rounded to nearest even, and a NaN stays one.
+_F32X32, _I32X32 = "<32 x float>", "<32 x i32>"
+_JOIN = f"  %v = shufflevector <16 x float> %x, <16 x float> %y, {_mask(range(32))}\n"
+_BF16_ARGS = "<16 x float> %x, <16 x float> %y"
+_SOFT_BF16 = _function(
+    "<32 x i16>",
+    "to_bf16",
+    _BF16_ARGS,
+    _JOIN
+    + f"""  %i = bitcast {_F32X32} %v to {_I32X32}
+  %s = lshr {_I32X32} %i, {_constant("i32", 16)}
+  %odd = and {_I32X32} %s, {_constant("i32", 1)}
+  %half = add {_I32X32} %odd, {_constant("i32", 0x7FFF)}
+  %sum = add {_I32X32} %i, %half
+  %up = lshr {_I32X32} %sum, {_constant("i32", 16)}
+  %isnan = fcmp uno {_F32X32} %v, %v
+  %r = select <32 x i1> %isnan, {_I32X32} {_constant("i32", 0x7FC0)}, {_I32X32} %up
+  %t = trunc {_I32X32} %r to <32 x i16>
+  ret <32 x i16> %t""",
+)
+_BF16 = _function(
+    "<32 x i16>",
+    "to_bf16",
+    _BF16_ARGS,
+    _JOIN
+    + f"""  %h = fptrunc {_F32X32} %v to <32 x bfloat>
+  %t = bitcast <32 x bfloat> %h to <32 x i16>
+  ret <32 x i16> %t""",
+)
+
+
+def _amx() -> str:
+    """32 tokens by 32 rows in tile registers 0..3; 4 and 5 bring tokens, 6 and 7 rows.
+
+    All tiles are 16 rows of 64 bytes: palette 1, eight widths, eight heights.
+    """
+    config = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
+    cells = ", ".join(f"i8 {n}" for n in config)
+    declare = (
+        f"@edgellama.tile_config = internal constant [64 x i8] [{cells}], align 64\n"
+        "declare void @llvm.x86.ldtilecfg(ptr)\n"
+        "declare void @llvm.x86.tilerelease()\n"
+        "declare void @llvm.x86.tilezero(i8)\n"
+        "declare void @llvm.x86.tileloadd64(i8, ptr, i64)\n"
+        "declare void @llvm.x86.tilestored64(i8, ptr, i64)\n"
+        "declare void @llvm.x86.tdpbf16ps(i8, i8, i8)\n"
+    )
+    begin = "  call void @llvm.x86.ldtilecfg(ptr @edgellama.tile_config)\n  ret void"
+    end = "  call void @llvm.x86.tilerelease()\n  ret void"
+    lines = ["entry:"]
+    lines += [f"  call void @llvm.x86.tilezero(i8 {i})" for i in range(4)]
+    lines += [
+        "  br label %step",
+        "step:",
+        "  %i = phi i64 [ 0, %entry ], [ %j, %step ]",
+        "  %p = phi i64 [ %panel, %entry ], [ %q, %step ]",
+        "  %a = phi i64 [ %x, %entry ], [ %b, %step ]",
+    ]
+    for tile, address in ((4, "%a"), (5, "%a"), (6, "%p"), (7, "%p")):
+        lines += [
+            f"  %n{tile} = add i64 {address}, {tile % 2 * 1024}",
+            f"  %t{tile} = inttoptr i64 %n{tile} to ptr",
+            f"  call void @llvm.x86.tileloadd64(i8 {tile}, ptr %t{tile}, i64 64)",
+        ]
+    for total, tokens, rows in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
+        lines.append(f"  call void @llvm.x86.tdpbf16ps(i8 {total}, i8 {tokens}, i8 {rows})")
+    lines += [
+        "  %j = add i64 %i, 1",
+        "  %q = add i64 %p, 2048",
+        "  %b = add i64 %a, %x_step",
+        "  %more = icmp ult i64 %j, %steps",
+        "  br i1 %more, label %step, label %done",
+        "done:",
+    ]
+    for tile, at in ((0, 0), (1, 64), (2, 2048), (3, 2112)):
+        lines += [
+            f"  %o{tile} = add i64 %c, {at}",
+            f"  %w{tile} = inttoptr i64 %o{tile} to ptr",
+            f"  call void @llvm.x86.tilestored64(i8 {tile}, ptr %w{tile}, i64 128)",
+        ]
+    block = "\n".join([*lines, "  ret void"])
+    arguments = "i64 %panel, i64 %x, i64 %x_step, i64 %c, i64 %steps"
+    return (
+        declare
+        + _function("void", "tile_begin", "", begin)
+        + _function("void", "tile_block", arguments, block)
+        + _function("void", "tile_end", "", end)
+    )
+
+
+_AVX512 = _VNNI_512 + _LOOKUP_512 + _FMA + _HALF + _PAUSE_X86
 SOURCES = {
-    "avx512vnni": _VNNI_512 + _LOOKUP_512 + _FMA + _HALF + _PAUSE_X86,
-    "avxvnni": _VNNI_256 + _LOOKUP_256 + _FMA + _HALF + _PAUSE_X86,
-    "avx2": _AVX2 + _LOOKUP_256 + _FMA + _HALF + _PAUSE_X86,
-    "neon": _neon() + _LOOKUP_NEON + _FMA + _HALF + _PAUSE_ARM,
-    "generic": _generic() + _lookup_generic() + _MUL_ADD + _SOFT_HALF + _PAUSE_NONE,
+    "amx": _AVX512 + _BF16 + _amx(),
+    "avx512vnni": _AVX512 + _SOFT_BF16,
+    "avxvnni": _VNNI_256 + _LOOKUP_256 + _FMA + _HALF + _SOFT_BF16 + _PAUSE_X86,
+    "avx2": _AVX2 + _LOOKUP_256 + _FMA + _HALF + _SOFT_BF16 + _PAUSE_X86,
+    "neon": _neon() + _LOOKUP_NEON + _FMA + _HALF + _SOFT_BF16 + _PAUSE_ARM,
+    "generic": _generic() + _lookup_generic() + _MUL_ADD + _SOFT_HALF + _SOFT_BF16 + _PAUSE_NONE,
 }

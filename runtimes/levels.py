@@ -24,6 +24,7 @@ class Level:
     cpu: str
     features: str
     needs: tuple[str, ...]  # LLVM's names of CPU features
+    tiles: str = ""  # the kernels that multiply many tokens in bfloat16, if there are any
 
     @property
     def source(self) -> str:
@@ -33,10 +34,19 @@ class Level:
 
 _V3 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
+_VNNI = (*_V4, "avx512vnni")
+_AMX = ("amx-tile", "amx-bf16", "avx512bf16")
 LEVELS = {  # best first
     level.name: level
     for level in (
-        Level("avx512vnni", "x86-64-v4", "+avx512vnni", (*_V4, "avx512vnni")),
+        Level(
+            "amx",
+            "x86-64-v4",
+            "+avx512vnni,+amx-tile,+amx-bf16,+avx512bf16",
+            (*_VNNI, *_AMX),
+            tiles="tiles",
+        ),
+        Level("avx512vnni", "x86-64-v4", "+avx512vnni", _VNNI),
         Level("avxvnni", "x86-64-v3", "+avxvnni", (*_V3, "avxvnni")),
         Level("avx2", "x86-64-v3", "", _V3),
         Level("neon", "generic", "+neon,+dotprod", ("dotprod",)),
@@ -62,7 +72,23 @@ def _features() -> set[str]:
         found = set()
     if platform.machine().lower() in ("aarch64", "arm64") and _arm_has_dotprod():
         found.add("dotprod")
+    if found.issuperset(_AMX) and not _tiles_permitted():
+        found.difference_update(_AMX)
     return found
+
+
+def _tiles_permitted() -> bool:
+    """Ask Linux, once a process, to let it use the tile registers; elsewhere nobody can be asked.
+
+    The system refuses where a thread's signal stack is too small to save them.
+    """
+    try:
+        number, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA
+        return (
+            sys.platform == "linux" and ctypes.CDLL(None).syscall(number, request, tile_data) == 0
+        )
+    except (OSError, AttributeError):
+        return False
 
 
 def _arm_has_dotprod() -> bool:

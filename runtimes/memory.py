@@ -150,6 +150,51 @@ def load_f16(b: Any, address: Any) -> Any:
     return b.extract_element(wide, ir.Constant(ir.IntType(32), 0))
 
 
+@operation(void(i64, f32x16, f32x16))
+def store_bf16x32(b: Any, address: Any, first: Any, second: Any) -> None:
+    """32 numbers rounded to bfloat16, to nearest even."""
+    halves = ir.VectorType(ir.IntType(16), 32)
+    write(b, address, call(b, "edgellama.to_bf16", halves, first, second), 2)
+
+
+@operation(f32x16(i64))
+def load_even_bf16x16(b: Any, address: Any) -> Any:
+    """The first of sixteen pairs of bfloat16 numbers, widened."""
+    pairs = read(b, address, i32x16.llvm, 4)
+    return b.bitcast(b.shl(pairs, ir.Constant(i32x16.llvm, [16] * 16)), f32x16.llvm)
+
+
+@operation(f32x16(i64))
+def load_odd_bf16x16(b: Any, address: Any) -> Any:
+    """The second of sixteen pairs of bfloat16 numbers, widened."""
+    pairs = read(b, address, i32x16.llvm, 4)
+    return b.bitcast(b.and_(pairs, ir.Constant(i32x16.llvm, [-65536] * 16)), f32x16.llvm)
+
+
+@operation(f32(i64))
+def load_bf16(b: Any, address: Any) -> Any:
+    """One bfloat16 number, widened."""
+    word = b.zext(read(b, address, ir.IntType(16), 2), ir.IntType(32))
+    return b.bitcast(b.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+
+@operation(void())
+def tile_begin(b: Any) -> None:
+    """Set this thread's tile registers up; `tile_end` before the kernel returns."""
+    call(b, "edgellama.tile_begin", ir.VoidType())
+
+
+@operation(void())
+def tile_end(b: Any) -> None:
+    call(b, "edgellama.tile_end", ir.VoidType())
+
+
+@operation(void(i64, i64, i64, i64, i64))
+def tile_block(b: Any, panel: Any, x: Any, x_step: Any, c: Any, steps: Any) -> None:
+    """32 tokens times 32 rows over 32 * steps columns; see `kernels_tiles.plain_block`."""
+    call(b, "edgellama.tile_block", ir.VoidType(), panel, x, x_step, c, steps)
+
+
 @operation(void(i64, i64))
 def store_u8(b: Any, address: Any, value: Any) -> None:
     write(b, address, b.trunc(value, ir.IntType(8)), 1)

@@ -2,7 +2,7 @@
 
 Folds what belongs together: products of one input become one instruction where their weights lie
 side by side, a residual addition goes into the product before it, rope stores into the cache,
-norm and swiglu pack for the product after them. Buffers are allocated once, for `CHUNK` tokens.
+norm and swiglu pack for the product after them. Buffers are allocated once, for a `Batch`.
 
 Knows nothing about threads, sessions or files.
 """
@@ -16,58 +16,20 @@ from numpy.typing import NDArray
 
 from edgellama.graph import Graph, Node
 from edgellama.runtimes import abi
+from edgellama.runtimes.places import CacheShape, Matrix, aligned, part_bytes
 from edgellama.runtimes.repack import LAYOUTS, column_blocks, padded
 
-CHUNK = 64  # tokens of one call
-ROWS = 16  # rows of logits of one call
-
 
 @dataclass(frozen=True)
-class Matrix:
-    """A repacked weight in memory."""
+class Batch:
+    """What one call of a program can take, and how it multiplies many tokens."""
 
-    type: str
-    rows: int
-    columns: int
-    address: int
-
-    @property
-    def groups(self) -> int:
-        return padded(self.rows, abi.LANES) // abi.LANES
-
-    @property
-    def integer(self) -> bool:
-        return LAYOUTS[self.type].integer
+    tokens: int  # and rows of logits
+    tiles: str = ""  # kernels for products of quantized weights, if not the plain ones
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """How keys and values lie in a session's cache; see `kernels_attention.py`."""
-
-    n_layers: int
-    n_kv_heads: int
-    head_dim: int
-    context: int
-    kind: int  # abi.KV_F32, KV_F16 or KV_Q8_0
-
-    @property
-    def layer_bytes(self) -> int:
-        """Of one layer in one block."""
-        keys = abi.ATTENTION_BLOCK // abi.LANES * abi.key_bytes(self.kind, self.head_dim)
-        values = abi.ATTENTION_BLOCK * abi.value_bytes(self.kind, self.head_dim)
-        return padded(self.n_kv_heads * (keys + values), 64)
-
-    @property
-    def block_bytes(self) -> int:
-        return self.n_layers * self.layer_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        return padded(self.context, abi.ATTENTION_BLOCK) // abi.ATTENTION_BLOCK * self.block_bytes
-
-    @property
-    def most_splits(self) -> int:
-        return -(-self.context // abi.ATTENTION_SPLIT)
+PLAIN = Batch(64)
+TILED = Batch(256, "tiles")  # unpacking a panel is worth it for many tokens
 
 
 @dataclass(frozen=True)
@@ -82,9 +44,10 @@ class Place:
 class Program:
     """Instructions ready to run, the memory they work in, and where the logits appear."""
 
+    batch: Batch
     words: NDArray[np.int64]  # (instructions, INSTRUCTION_WORDS)
     counters: NDArray[np.uint8]  # (instructions * COUNTER_BYTES,)
-    logits: NDArray[np.float32]  # (ROWS, padded vocabulary)
+    logits: NDArray[np.float32]  # (batch.tokens, padded vocabulary)
     buffers: list[NDArray[np.uint8]]
 
     @property
@@ -92,24 +55,14 @@ class Program:
         return sum(b.nbytes for b in self.buffers) + self.words.nbytes + self.counters.nbytes
 
 
-def part_bytes(head_dim: int) -> int:
-    """Of what attention sums up for one query; see `kernels_attention.attend_block`."""
-    return padded(head_dim, abi.LANES) * 4 + 128
-
-
-def scratch_bytes(graph: Graph) -> int:
+def scratch_bytes(graph: Graph, batch: Batch) -> int:
     """Private memory that a thread's kernels need."""
     config = graph.config
     group = config.n_heads // config.n_kv_heads
     queries = group * (config.head_dim * 4 + part_bytes(config.head_dim))
-    return padded(max(abi.ATTENTION_BLOCK * 4 + queries, abi.TILE * 64), 128)
-
-
-def aligned(n_bytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory that begins on a cache line; pages are touched when first written."""
-    room = np.zeros(n_bytes + 64, np.uint8)
-    skip = -room.ctypes.data % 64
-    return room[skip : skip + n_bytes]
+    panel = padded(max(config.dim, config.q_dim, config.ffn_dim), 256) // abi.BLOCK * abi.PANEL
+    tiles = abi.TILE * abi.TILE * 4 + panel if batch.tiles else 0
+    return padded(max(abi.ATTENTION_BLOCK * 4 + queries, abi.TILE * 64, tiles), 128)
 
 
 def products(graph: Graph) -> list[tuple[Node, ...]]:
@@ -121,7 +74,7 @@ def products(graph: Graph) -> list[tuple[Node, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def kernel_names(graph: Graph, types: dict[str, str]) -> list[str]:
+def kernel_names(graph: Graph, types: dict[str, str], batch: Batch = PLAIN) -> list[str]:
     """The kernels that a graph needs, given its weights' types."""
     names = [
         "lead",
@@ -134,16 +87,17 @@ def kernel_names(graph: Graph, types: dict[str, str]) -> list[str]:
         "attention",
         "merge",
     ]
-    names += product_kernels(graph, types).values()
+    names += product_kernels(graph, types, batch).values()
     names += [f"embed:{types[n.weight]}" for n in graph.nodes if n.op == "embed" and n.weight]
     return list(dict.fromkeys(names))
 
 
-def product_kernels(graph: Graph, types: dict[str, str]) -> dict[str, str]:
+def product_kernels(graph: Graph, types: dict[str, str], batch: Batch = PLAIN) -> dict[str, str]:
     """The kernel of each product, by its output: `fine` where rounding would do lasting harm.
 
     That is in queries, keys and values, which later tokens meet again, and in the logits. Measured
     on the default model: half the distance to full precision for 4 % of the prefill's speed.
+    Tiles need no such distinction; logits are wanted of a few tokens only.
     """
     used_by: dict[str, set[str]] = {}
     for node in graph.nodes:
@@ -151,11 +105,14 @@ def product_kernels(graph: Graph, types: dict[str, str]) -> dict[str, str]:
             used_by.setdefault(name, set()).add(node.op)
     kernels = {}
     for node in graph.nodes:
-        if node.op == "linear" and node.weight:
-            kind = types[node.weight]
+        if node.op != "linear" or not node.weight:
+            continue
+        kind, how = types[node.weight], "linear"
+        if LAYOUTS[kind].integer:
             lasting = used_by.get(node.output, set()) <= {"rope", "attention"}
-            fine = lasting and LAYOUTS[kind].integer
-            kernels[node.output] = f"{'fine' if fine else 'linear'}:{kind}"
+            how = "fine" if lasting else how
+            how = batch.tiles if batch.tiles and node.output in used_by else how
+        kernels[node.output] = f"{how}:{kind}"
     return kernels
 
 
@@ -165,25 +122,29 @@ def lower(
     vectors: dict[str, NDArray[np.float32]],
     kernels: dict[str, int],
     cache: CacheShape,
+    batch: Batch = PLAIN,
 ) -> Program:
     """The program of a graph.
 
     `vectors` are the norms' weights, padded with zeros to a multiple of 32; `kernels` maps the
     names of `kernel_names` to addresses.
     """
-    lowering = _Lowering(graph, matrices, vectors, kernels, cache)
+    lowering = _Lowering(graph, matrices, vectors, kernels, cache, batch)
     for node in graph.nodes:
         getattr(lowering, node.op)(node)
     words = np.zeros((len(lowering.instructions), abi.INSTRUCTION_WORDS), np.int64)
     for row, instruction in zip(words, lowering.instructions, strict=True):
         row[: len(instruction)] = instruction
     counters = aligned(len(words) * abi.COUNTER_BYTES)
-    return Program(words, counters, lowering.logits(), lowering.buffers)
+    return Program(batch, words, counters, lowering.logits(), lowering.buffers)
 
 
 def _bits(value: float) -> int:
     """A float64 as the int64 word that holds it."""
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+_FORMATS = {"q8": abi.Q8_RECORD, "f32": abi.BLOCK * 4, "bf16": abi.BF16_RECORD}  # of 32 columns
 
 
 @dataclass
@@ -193,48 +154,56 @@ class _Lowering:
     vectors: dict[str, NDArray[np.float32]]
     kernels: dict[str, int]
     cache: CacheShape
+    batch: Batch
     instructions: list[list[int]] = field(default_factory=list)
     places: dict[str, Place] = field(default_factory=dict)
     buffers: list[NDArray[np.uint8]] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)  # linear nodes already emitted
 
     def __post_init__(self) -> None:
-        """Packed activations share one room: each is read before the next is written."""
+        """Packed activations share one room a format: each is read before the next is written."""
         types = {name: matrix.type for name, matrix in self.matrices.items()}
-        self.product_kernels = product_kernels(self.graph, types)
+        self.product_kernels = product_kernels(self.graph, types, self.batch)
         self.products = {group[0].inputs[0]: group for group in products(self.graph)}
         self.consumers: dict[str, list[Node]] = {}
+        widest = dict.fromkeys(_FORMATS, 0)
         for node in self.graph.nodes:
             for name in node.inputs:
                 self.consumers.setdefault(name, []).append(node)
-        columns = {
-            kind: [
-                padded(m.columns, abi.BLOCK) for m in self.matrices.values() if m.integer is kind
-            ]
-            for kind in (True, False)
+            if node.op == "linear":
+                kind, columns = self._format(node), self._matrix(node).columns
+                widest[kind] = max(widest[kind], padded(columns, abi.BLOCK))
+        self.packed = {
+            kind: self._room(columns // abi.BLOCK * _FORMATS[kind] * self.batch.tokens)
+            for kind, columns in widest.items()
         }
-        self.q8 = self._room(max(columns[True], default=0) // abi.BLOCK * abi.Q8_RECORD * CHUNK)
-        self.f32 = self._room(max(columns[False], default=0) * 4 * CHUNK)
         self.rooms: dict[tuple[str, int], Place] = {}
 
     def _room(self, n_bytes: int) -> int:
         self.buffers.append(aligned(n_bytes))
         return self.buffers[-1].ctypes.data
 
-    def _rows(self, purpose: str, columns: int, count: int = CHUNK) -> Place:
+    def _rows(self, purpose: str, columns: int) -> Place:
         """Rows of float32 for one purpose: every layer uses the same."""
         stride = padded(columns, abi.BLOCK) * 4
         if (purpose, stride) not in self.rooms:
-            self.rooms[purpose, stride] = Place(self._room(count * stride), stride)
+            self.rooms[purpose, stride] = Place(self._room(self.batch.tokens * stride), stride)
         return self.rooms[purpose, stride]
 
     def _emit(self, kernel: str, units: int, times: int, *args: int) -> None:
         self.instructions.append([self.kernels[kernel], units, times, *args])
 
-    def _packed(self, value: str) -> tuple[int, int]:
-        """(q8 address, f32 address) that the products of a value want, 0 for none."""
-        kinds = {self._matrix(node).integer for node in self.products[value]}
-        return self.q8 if True in kinds else 0, self.f32 if False in kinds else 0
+    def _packed(self, value: str) -> tuple[int, int, int]:
+        """(q8 address, f32 address, bf16 address) that the products of a value want, 0 for none."""
+        kinds = {self._format(node) for node in self.products[value]}
+        q8, f32, bf16 = (self.packed[kind] if kind in kinds else 0 for kind in _FORMATS)
+        return q8, f32, bf16
+
+    def _format(self, node: Node) -> str:
+        """How the product's kernel wants the activations packed."""
+        if self.product_kernels[node.output].partition(":")[0] == self.batch.tiles:
+            return "bf16"
+        return "q8" if self._matrix(node).integer else "f32"
 
     def _matrix(self, node: Node) -> Matrix:
         assert node.weight is not None
@@ -256,14 +225,14 @@ class _Lowering:
 
     def select(self, node: Node) -> None:
         source = self.places[node.inputs[0]]
-        place = self._rows("selected", self.graph.config.dim, ROWS)
+        place = self._rows("selected", self.graph.config.dim)
         self._emit("select", 1, abi.N_ROWS, source.address, place.address, source.stride)
         self.places[node.output] = place
 
     def norm(self, node: Node) -> None:
         config, times = self.graph.config, self._times(node.output)
         place, weight = self.places[node.inputs[0]], self.vectors[node.weight or ""]
-        q8, f32 = self._packed(node.output)
+        q8, f32, bf16 = self._packed(node.output)
         self._emit(
             "norm",
             1,
@@ -277,6 +246,7 @@ class _Lowering:
             _bits(config.norm_eps),
             _bits(1.0 / config.dim),
             times,
+            bf16,
         )
 
     def linear(self, node: Node) -> None:
@@ -289,15 +259,14 @@ class _Lowering:
         if residual is not None:
             self._product([node], residual, accumulate=True)
             return
-        width = sum(self._matrix(n).groups for n in group) * abi.LANES
-        count = ROWS if node.output == "output" else CHUNK
-        room = self._rows(f"products of {len(group)}", width, count)
+        width = sum(map(self._groups, group)) * abi.LANES
+        room = self._rows(f"products of {len(group)}", width)
         at = room.address
         for run in self._neighbours(group):
             self._product(run, Place(at, room.stride), accumulate=False)
             for n in run:
                 self.places[n.output] = Place(at, room.stride)
-                at += self._matrix(n).groups * abi.LANES * 4
+                at += self._groups(n) * abi.LANES * 4
 
     def _residual(self, node: Node) -> Place | None:
         """Where the product is added to, if an addition is its only consumer."""
@@ -324,18 +293,24 @@ class _Lowering:
 
     def _product(self, run: list[Node], place: Place, *, accumulate: bool) -> None:
         first, times = self._matrix(run[0]), self._times(run[0].output)
+        kernel, groups = self.product_kernels[run[0].output], sum(map(self._groups, run))
+        tiled = self._format(run[0]) == "bf16"
         self._emit(
-            self.product_kernels[run[0].output],
-            sum(self._matrix(n).groups for n in run),
+            kernel,
+            -(-groups * abi.LANES // abi.TILE) if tiled else groups,
             abi.ONE,
             first.address,
             column_blocks(first.type, first.columns),
-            self.q8 if first.integer else self.f32,
+            self.packed[self._format(run[0])],
             place.address,
             place.stride,
             int(accumulate),
             times,
+            groups,
         )
+
+    def _groups(self, node: Node) -> int:
+        return self._matrix(node).groups
 
     def rope(self, node: Node) -> None:
         """Done with the attention, in place."""
@@ -380,17 +355,17 @@ class _Lowering:
         """Sums of attention: of every token, or of every split of the cache for a single one."""
         stride = part_bytes(self.graph.config.head_dim)
         if ("parts", stride) not in self.rooms:
-            count = max(CHUNK, self.cache.most_splits) * self.graph.config.n_heads
+            count = max(self.batch.tokens, self.cache.most_splits) * self.graph.config.n_heads
             self.rooms["parts", stride] = Place(self._room(count * stride), stride)
         return self.rooms["parts", stride]
 
     def swiglu(self, node: Node) -> None:
         gate, up = (self.places[name] for name in node.inputs)
         blocks = padded(self.graph.config.ffn_dim, abi.BLOCK) // abi.BLOCK
-        packed = self._packed(node.output)
+        q8, f32, bf16 = self._packed(node.output)
         columns = padded(self.graph.config.ffn_dim, abi.LANES) // abi.LANES
         places = (gate.address, up.address, gate.stride)
-        self._emit("swiglu", blocks, abi.N_TOKENS, *places, blocks, *packed, columns)
+        self._emit("swiglu", blocks, abi.N_TOKENS, *places, blocks, q8, f32, columns, bf16)
 
     def add(self, node: Node) -> None:
         """The product before it has added to the residual, in place."""
@@ -400,4 +375,4 @@ class _Lowering:
     def logits(self) -> NDArray[np.float32]:
         place = self.places["output"]
         room = next(b for b in self.buffers if b.ctypes.data == place.address)
-        return room.view(np.float32).reshape(ROWS, place.stride // 4)
+        return room.view(np.float32).reshape(self.batch.tokens, place.stride // 4)

@@ -222,6 +222,32 @@ def nonlinear_value(b: Any, x: Any) -> Any:
     return b.sext(b.extract_element(table, x), ir.IntType(64))
 
 
+@operation(f32x16(i8x64, i64))
+def byte_of_lanes(b: Any, x: Any, index: Any) -> Any:
+    """Unsigned byte `index` of each lane's four."""
+    lanes = b.bitcast(x, i32x16.llvm)
+    eight = ir.Constant(ir.IntType(32), 8)
+    shifted = b.lshr(lanes, splat(b, b.mul(b.trunc(index, ir.IntType(32)), eight)))
+    return b.uitofp(b.and_(shifted, ir.Constant(i32x16.llvm, [255] * 16)), f32x16.llvm)
+
+
+@operation(f32x16(f32x16, f32x16))
+def zip_low(b: Any, x: Any, y: Any) -> Any:
+    """x0 y0 x1 y1 … x7 y7."""
+    return _zipped(b, x, y, 0)
+
+
+@operation(f32x16(f32x16, f32x16))
+def zip_high(b: Any, x: Any, y: Any) -> Any:
+    """x8 y8 x9 y9 … x15 y15."""
+    return _zipped(b, x, y, 8)
+
+
+def _zipped(b: Any, x: Any, y: Any, start: int) -> Any:
+    lanes = [lane for i in range(start, start + 8) for lane in (i, 16 + i)]
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), 16), lanes))
+
+
 @operation(i32x16(i32x16, i8x64, i8x64))
 def dot4(b: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     """total + the sum of each lane's four products, unsigned byte by signed byte; exact."""

@@ -10,7 +10,7 @@ import pytest
 from checked import GUARD, HERE, Arena, Array, arena, compiled, linear, quantized, read_q8, run
 
 from edgellama.runtimes import abi, kernels, memory
-from edgellama.runtimes.program import part_bytes
+from edgellama.runtimes.places import part_bytes
 from edgellama.runtimes.repack import padded
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)

@@ -9,7 +9,7 @@ from tiny import tiny_config, write_tiny
 
 import edgellama
 from edgellama.runtimes import abi
-from edgellama.runtimes.program import part_bytes
+from edgellama.runtimes.places import part_bytes
 
 KIND = abi.KV_Q8_0
 

@@ -23,7 +23,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["cpu", "reference"])
 def model(path: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
-    options: dict[str, Any] = {"threads": 3} if request.param == "cpu" else {}
+    cpu = request.param == "cpu"
+    options: dict[str, Any] = {"threads": 3, "deterministic": True} if cpu else {}
     with edgellama.load(path, runtime=request.param, context=CONTEXT, **options) as loaded:
         yield loaded
 

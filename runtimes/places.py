@@ -1,0 +1,72 @@
+"""Where the cpu runtime's numbers lie in memory: weights, caches, and room for them.
+
+Knows nothing about instructions or threads.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellama.runtimes import abi
+from edgellama.runtimes.repack import LAYOUTS, padded
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A repacked weight in memory."""
+
+    type: str
+    rows: int
+    columns: int
+    address: int
+
+    @property
+    def groups(self) -> int:
+        return padded(self.rows, abi.LANES) // abi.LANES
+
+    @property
+    def integer(self) -> bool:
+        return LAYOUTS[self.type].integer
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How keys and values lie in a session's cache; see `kernels_attention.py`."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    context: int
+    kind: int  # abi.KV_F32, KV_F16 or KV_Q8_0
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer in one block."""
+        keys = abi.ATTENTION_BLOCK // abi.LANES * abi.key_bytes(self.kind, self.head_dim)
+        values = abi.ATTENTION_BLOCK * abi.value_bytes(self.kind, self.head_dim)
+        return padded(self.n_kv_heads * (keys + values), 64)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.n_layers * self.layer_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return padded(self.context, abi.ATTENTION_BLOCK) // abi.ATTENTION_BLOCK * self.block_bytes
+
+    @property
+    def most_splits(self) -> int:
+        return -(-self.context // abi.ATTENTION_SPLIT)
+
+
+def aligned(n_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory that begins on a cache line; pages are touched when first written."""
+    room = np.zeros(n_bytes + 64, np.uint8)
+    skip = -room.ctypes.data % 64
+    return room[skip : skip + n_bytes]
+
+
+def part_bytes(head_dim: int) -> int:
+    """Of what attention sums up for one query; see `kernels_attention.attend_block`."""
+    return padded(head_dim, abi.LANES) * 4 + 128
