@@ -58,8 +58,9 @@ class Entry:
     """A file to measure, by what the tables call it."""
 
     model: str
-    type: str
-    path: Callable[[], Path]  # writes it first, if need be
+    type: str  # "" for a file that is not ours
+    path: Path
+    write: Callable[[], object] = lambda: None  # unless it is there
 
     @property
     def label(self) -> str:
@@ -72,7 +73,7 @@ def entries(given: argparse.Namespace) -> list[Entry]:
         types = given.types or ["Q4_0"]
         shapes = given.shapes or (["smollm2-135m"] if given.types else [])
         pairs = [(shape, kind) for shape in shapes for kind in types]
-    files = [Entry(path.stem, "", lambda path=path: path) for path in given.model]
+    files = [Entry(path.stem, "", path) for path in given.model]
     return [_synthetic(given.folder, *pair) for pair in pairs] + files
 
 
@@ -84,15 +85,17 @@ def _synthetic(folder: Path, shape: str, kind: str) -> Entry:
             vocabulary = model_path(DEFAULT_MODEL)
         except EdgeLlamaError:
             vocabulary = None
-    return Entry(shape, kind, lambda: synthetic.cached(folder, shape, kind, vocabulary))
+    facts = (folder, shape, kind, vocabulary)
+    path = synthetic.cached_path(*facts)
+    return Entry(shape, kind, path, lambda: synthetic.cached(*facts))
 
 
 def effort(cost: Cost, given: argparse.Namespace) -> Effort:
     """The larger the model, the less of it."""
     if cost.parameters < SMALL:
-        chosen = Effort(prefill=512, decode=64, rounds=9, cold_rounds=7)
+        chosen = Effort(prefill=512, decode=64, rounds=7, cold_rounds=5)
     elif cost.parameters < MIDDLE:
-        chosen = Effort(prefill=256, decode=32, rounds=5, cold_rounds=3)
+        chosen = Effort(prefill=256, decode=32, rounds=4, cold_rounds=3)
     else:
         chosen = Effort(prefill=128, decode=16, rounds=3, cold_rounds=2, batches=5)
     chosen = replace(chosen, prefill=min(chosen.prefill, cost.context_length))
@@ -101,7 +104,8 @@ def effort(cost: Cost, given: argparse.Namespace) -> Effort:
     return replace(chosen, rounds=given.rounds or chosen.rounds)
 
 
-Job = tuple[str, Entry, Callable[[Spec, Cost], dict[str, Any]]]  # part, file, work
+Work = Callable[[Spec, Cost], dict[str, Any]]
+Job = tuple[str, Entry, Work]  # part, file, work
 
 
 def jobs(given: argparse.Namespace, shared: Given) -> Iterator[Job]:
@@ -110,10 +114,7 @@ def jobs(given: argparse.Namespace, shared: Given) -> Iterator[Job]:
     plain = [e for e in files if e.type == "Q4_0"] or files
     scaled = {e.model: e for e in plain if e.model != "llama-2-7b"} or {e.model: e for e in plain}
     if "files" in given.parts:
-        yield from (
-            ("files", e, lambda spec, cost: speed(spec, cost, effort(cost, given), shared))
-            for e in files
-        )
+        yield from (("files", e, _speed(given, shared, files[:i], e)) for i, e in enumerate(files))
     if "by_threads" in given.parts and given.threads > 1:
         counts = (1, given.threads)
         yield from (
@@ -140,6 +141,13 @@ def jobs(given: argparse.Namespace, shared: Given) -> Iterator[Job]:
                 given.runtimes,
             ),
         )
+
+
+def _speed(given: argparse.Namespace, shared: Given, before: list[Entry], entry: Entry) -> Work:
+    """Compiling takes as long for any file of a type: the first one shows it."""
+    first = shared.first_use and entry.type not in [e.type for e in before if e.type]
+    own = replace(shared, first_use=first)
+    return lambda spec, cost: speed(spec, cost, effort(cost, given), own)
 
 
 def _less(full: Effort) -> Effort:
@@ -178,21 +186,19 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             save(given.json, document)
     if given.clean:
         for entry in entries(given):
-            if entry.type:  # ours
-                entry.path().unlink()
+            if entry.type:
+                entry.path.unlink(missing_ok=True)
     return document
 
 
-def cell(
-    entry: Entry, work: Callable[[Spec, Cost], dict[str, Any]], given: argparse.Namespace
-) -> dict[str, Any]:
+def cell(entry: Entry, work: Work, given: argparse.Namespace) -> dict[str, Any]:
     """One cell; what fails says so in its place."""
     started = time.perf_counter()
     names = {"model": entry.model, "type": entry.type}
     try:
-        path = entry.path()
-        cost = Cost.of(path)
-        spec = Spec(path, "edgellama", given.threads, min(CONTEXT, cost.context_length))
+        entry.write()
+        cost = Cost.of(entry.path)
+        spec = Spec(entry.path, "edgellama", given.threads, min(CONTEXT, cost.context_length))
         found = work(spec, cost)
     except FAILURES as error:
         tell(f"{entry.label}: {error}")

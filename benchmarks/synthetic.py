@@ -62,10 +62,15 @@ SHAPES = {
 }
 
 
+def cached_path(folder: Path, shape: str, kind: str, vocabulary: Path | None = None) -> Path:
+    """Where `cached` keeps this file."""
+    own = "" if vocabulary is None else "-vocabulary"
+    return folder / f"{shape}-{kind}{own}-v{VERSION}.gguf"
+
+
 def cached(folder: Path, shape: str, kind: str, vocabulary: Path | None = None) -> Path:
     """The file of this shape and type in a folder; written if it is not there."""
-    own = "" if vocabulary is None else "-vocabulary"
-    path = folder / f"{shape}-{kind}{own}-v{VERSION}.gguf"
+    path = cached_path(folder, shape, kind, vocabulary)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write(path, shape, kind, vocabulary=vocabulary)
