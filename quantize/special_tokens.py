@@ -131,6 +131,20 @@ def added_tokens(folder: Folder) -> Iterator[tuple[int, str, bool, Path, str]]:
         yield token, text, special, path, place
 
 
+def _note_trimming(folder: Folder, notes: list[str]) -> None:
+    """Say which added tokens swallow the spaces beside them: readers of GGUF files do not."""
+    listed = folder.tokenizer_config.get("added_tokens_decoder") or {}
+    every = [*(folder.tokenizer.get("added_tokens") or ()), *listed.values()]
+    flags = ("lstrip", "rstrip", "single_word")
+    texts = {shown(token["content"]) for token in every if any(token.get(f) for f in flags)}
+    if texts:
+        few = ", ".join(sorted(texts)[:3])
+        notes.append(
+            f"{few}{' ...' * (len(texts) > 3)} take spaces beside them away, or need them there; "
+            "GGUF files cannot say so"
+        )
+
+
 def place_added_tokens(draft: Draft, folder: Folder, rows: int, notes: list[str]) -> dict[int, str]:
     """Put the added tokens among the others; return those that have no row in the embedding."""
     beyond: dict[int, str] = {}
@@ -153,6 +167,7 @@ def place_added_tokens(draft: Draft, folder: Folder, rows: int, notes: list[str]
         kind = CONTROL if control else USER_DEFINED
         draft.place(token, _stored(text, kind), kind)
         placed.add(token)
+    _note_trimming(folder, notes)
     return beyond
 
 

@@ -343,6 +343,14 @@ def test_merges_of_added_tokens_are_left_out(convert: Convert) -> None:
     agree(tokenizer_from_gguf(metadata), peer_of(data), ["abc", "bcc a", "cbc"])
 
 
+def test_tokens_that_trim_spaces_are_noted(convert: Convert) -> None:
+    data = files.byte_level()
+    data["added_tokens"][1]["rstrip"] = True
+    notes: list[str] = []
+    convert(265, notes, tokenizer_json=data)
+    assert len(notes) == 1 and notes[0].startswith("'<|im_end|>' take spaces")
+
+
 @pytest.mark.parametrize("name", ["mistral_v1", "openllama_v2", "smollm2", "llama3_ranks"])
 def test_llamacpp_agrees(name: str, converted: Converted, tmp_path: Path) -> None:
     """The same metadata in a file of llama.cpp's own package, read by llama.cpp."""

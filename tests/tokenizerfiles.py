@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edgellama.bpe import alphabet
+from edgellama.errors import EdgeLlamaError, TokenizerError
 from edgellama.quantize.pretokenizers import LLAMA3
+from edgellama.quantize.vocabularies import tokenizer_metadata
 from edgellama.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 SPACE = "\u2581"
@@ -201,3 +205,17 @@ def write(folder: Path, **files: Any) -> Path:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         (folder / name).write_bytes(data)
     return folder
+
+
+def refusal(
+    folder: Path, kind: type[EdgeLlamaError] = TokenizerError, rows: int = len(PIECES), **files: Any
+) -> str:
+    """The message with which a folder of these files is refused; the folder is emptied then."""
+    write(folder, **files)
+    with pytest.raises(kind) as caught:
+        tokenizer_metadata(folder, rows, [])
+    text = str(caught.value)
+    assert text.isascii() and text.isprintable() and len(text) < 1500
+    for file in folder.iterdir():
+        file.unlink()
+    return text
