@@ -32,7 +32,7 @@ from edgellama.quantize.pickled_values import (
     view_or_problem,
 )
 
-MOST_STEPS = 2_000_000  # opcodes; the largest LLaMA needs 60,000
+MOST_STEPS = 500_000  # opcodes; the largest LLaMA needs 60,000
 MOST_STACKED = 100_000
 LONGEST_INTEGER = 16  # bytes
 SAFETENSORS_HINT = "Get the model's safetensors files, or save it as safetensors"

@@ -49,6 +49,10 @@ def _refuse(file: RawFile, problem: str, **more: Any) -> EdgeLlamaError:
     return ModelFormatError(problem, path=file.path, where="zip archive", **more)
 
 
+def _shown(name: bytes) -> str:
+    return shown(name.decode("utf-8", "backslashreplace"))
+
+
 def zip_entries(file: RawFile) -> dict[str, Entry]:
     """The entries by name.
 
@@ -125,7 +129,7 @@ def _record(file: RawFile, directory: bytes, at: int, limit: int) -> tuple[_Reco
     name = directory[name_at:extra_at]
     extra = directory[extra_at : extra_at + extra_size]
     size, packed, header = _wide(file, name, extra, (size, packed, header))
-    where = f"zip entry {shown(name)}"
+    where = f"zip entry {_shown(name)}"
     if method or flags & _ENCRYPTED:
         problem = "the entry is encrypted" if flags & _ENCRYPTED else "the entry is compressed"
         hint = "torch.save writes neither; save the model again, best as safetensors"
@@ -151,7 +155,7 @@ def _wide(
         if value != _NONE:
             continue
         if used + 8 > len(found):
-            raise _refuse(file, f"entry {shown(name)} has no zip64 sizes")
+            raise _refuse(file, f"entry {_shown(name)} has no zip64 sizes")
         wide[index] = int.from_bytes(found[used : used + 8], "little")
         used += 8
     return wide[0], wide[1], wide[2]
@@ -159,7 +163,7 @@ def _wide(
 
 def _located(file: RawFile, record: _Record, end: int, limit: int) -> Entry:
     """The entry's data, once its local header agrees and begins where the last entry ended."""
-    where = f"zip entry {shown(record.name)}"
+    where = f"zip entry {_shown(record.name)}"
 
     def refuse(problem: str) -> EdgeLlamaError:
         return ModelFormatError(problem, path=file.path, where=where)

@@ -1,0 +1,563 @@
+"""The reader of PyTorch files: what it gives, and hostile files refused with their reasons.
+
+Ids P1 to P12 are rows of the project's catalogue of bad inputs; P13 to P15 are in
+`test_checkpoint.py`.
+"""
+
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torchfiles import (
+    BUILD,
+    EMPTY_DICT,
+    EMPTY_LIST,
+    EMPTY_TUPLE,
+    FALSE,
+    MARK,
+    NONE,
+    ORDERED,
+    PERSID,
+    PROTO,
+    REBUILD,
+    REDUCE,
+    SETITEM,
+    STOP,
+    TRUE,
+    Archive,
+    Entry,
+    archive,
+    dictionary,
+    many,
+    name,
+    number,
+    pickled,
+    storage,
+    text,
+    torch_file,
+    view,
+)
+
+from edgellama import EdgeLlamaError, ModelFormatError, UnsafeModelError, UnsupportedModelError
+from edgellama.quantize.raw_file import RawFile
+from edgellama.quantize.torch_files import read_torch_file
+
+DATA = Path(__file__).parent / "data"
+KEPT = storage("0", "FloatStorage", 6)
+GOOD = view(KEPT, 0, (2, 3), (3, 1))
+
+
+def refusal(
+    tmp_path: Path, raw: bytes, kind: type[EdgeLlamaError] = ModelFormatError, exact: bool = True
+) -> str:
+    path = tmp_path / "bad.bin"
+    path.write_bytes(raw)
+    with RawFile(path) as file, pytest.raises(kind) as caught:
+        read_torch_file(file)
+    assert type(caught.value) is kind or not exact
+    assert caught.value.path == path
+    return str(caught.value)
+
+
+def refused_pickle(
+    tmp_path: Path, raw: bytes, kind: type[EdgeLlamaError] = ModelFormatError
+) -> str:
+    return refusal(tmp_path, archive(raw, {"0": bytes(24)}).bytes(), kind)
+
+
+def accepted(tmp_path: Path, raw: bytes) -> dict[str, Any]:
+    path = tmp_path / "good.bin"
+    path.write_bytes(raw)
+    with RawFile(path) as file:
+        return {key: tensor.read() for key, tensor in read_torch_file(file).items()}
+
+
+def whole() -> "np.ndarray[Any, Any]":
+    return np.arange(30, dtype=np.float32).reshape(6, 5) / 8
+
+
+def test_files_that_pytorch_wrote() -> None:
+    """Contiguous tensors, views, a transposed one, every float type, an empty one, a scalar."""
+    with RawFile(DATA / "torch_views.bin") as file:
+        tensors = read_torch_file(file)
+        expected = {
+            "f32": whole(),
+            "rows": whole()[2:4],
+            "columns": whole()[:, 1:3],
+            "transposed": whole().T,
+            "f16": whole(),
+            "bf16": np.arange(16, dtype=np.float32).reshape(4, 4) / 8,
+            "parameter": whole()[:2],
+            "scalar": np.float32(2.5),
+            "empty": np.empty((0, 5), np.float32),
+        }
+        assert tensors.keys() == expected.keys()
+        for key, values in expected.items():
+            np.testing.assert_array_equal(tensors[key].read(), values)
+            assert tensors[key].shape == values.shape
+        np.testing.assert_array_equal(tensors["transposed"].read(1, 4), whole().T[1:4])
+        types = {key: tensor.dtype for key, tensor in tensors.items()}
+    assert types["f16"] == "F16" and types["bf16"] == "BF16" and types["f32"] == "F32"
+
+
+def test_a_module_state_dict_that_pytorch_wrote() -> None:
+    with RawFile(DATA / "torch_module.bin") as file:
+        tensors = read_torch_file(file)
+        assert list(tensors) == ["weight", "bias"]
+        np.testing.assert_array_equal(tensors["bias"].read(), np.float32([0, 1, 2]) / 8)
+
+
+def test_rows_of_far_strided_tensors(tmp_path: Path) -> None:
+    """Views too wide to read in one go: transposed, every other column, three axes."""
+    n = 400
+    values = np.arange(n * n, dtype=np.float32)
+    kept = storage("0", "FloatStorage", n * n)
+    items = {
+        "transposed": view(kept, 0, (n, n), (1, n)),
+        "sparse": view(kept, 7, (20, 15), (n * 19, 2)),
+        "deep": view(kept, 0, (3, 50, 4), (1, n * 4, 5)),
+        "line": view(kept, 3, (5,), (n * 70,)),
+    }
+    path = tmp_path / "strided.bin"
+    path.write_bytes(archive(pickled(dictionary(items)), {"0": values.tobytes()}).bytes())
+    square, at = values.reshape(n, n), np.arange
+    expected = {
+        "transposed": square.T,
+        "sparse": values[7 + at(20)[:, None] * n * 19 + at(15) * 2],
+        "deep": values[at(3)[:, None, None] + at(50)[:, None] * n * 4 + at(4) * 5],
+        "line": values[3 + at(5) * n * 70],
+    }
+    with RawFile(path) as file:
+        for key, tensor in read_torch_file(file).items():
+            np.testing.assert_array_equal(tensor.read(), expected[key])
+            np.testing.assert_array_equal(tensor.read(1, 3), expected[key][1:3])
+
+
+def test_rows_of_a_transposed_tensor_do_not_need_it_whole(tmp_path: Path) -> None:
+    n = 2048  # 16 MiB
+    items = {"w": view(storage("0", "FloatStorage", n * n), 0, (n, n), (1, n))}
+    path = tmp_path / "strided.bin"
+    path.write_bytes(archive(pickled(dictionary(items)), {"0": bytes(4 * n * n)}).bytes())
+    with RawFile(path) as file:
+        tensor = read_torch_file(file)["w"]
+        tracemalloc.start()
+        tensor.read(0, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
+CODE = [
+    ("os", "system"),
+    ("posix", "system"),
+    ("nt", "system"),
+    ("builtins", "eval"),
+    ("__builtin__", "exec"),
+    ("torch.hub", "load"),
+    ("numpy.core.multiarray", "scalar"),
+    ("torch", "load"),
+    ("torch._utils", "os.system"),
+    ("collections", "OrderedDict.__init__.__globals__"),
+    ("torch.FloatStorage", "__new__"),
+    ("argparse", "Namespace"),
+]
+
+
+@pytest.mark.parametrize(("module", "attribute"), CODE)
+def test_p1_names_that_could_run(tmp_path: Path, module: str, attribute: str) -> None:
+    call = name(module, attribute) + many(text("echo")) + REDUCE
+    stacked = text(module) + text(attribute) + b"\x93" + many(text("echo")) + REDUCE
+    for body in (call, stacked):
+        message = refused_pickle(tmp_path, pickled(body), UnsafeModelError)
+        assert f"asks to run or create '{module}.{attribute}'" in message
+        assert "safetensors" in message
+
+
+class _Attack:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("attacked",)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_p1_a_real_attack_runs_nothing_and_imports_nothing(tmp_path: Path, protocol: int) -> None:
+    """In a process of its own, whose audit hook sees every import and every call outside."""
+    raw = pickle.dumps({"w": _Attack()}, protocol)
+    (tmp_path / "a.bin").write_bytes(archive(raw, {}).bytes())
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from edgellama import UnsafeModelError
+        from edgellama.quantize.raw_file import RawFile
+        from edgellama.quantize.torch_files import read_torch_file
+        seen, watching = [], True
+        sys.addaudithook(lambda event, _: seen.append(event) if watching else None)
+        before = set(sys.modules)
+        try:
+            with RawFile(Path("a.bin")) as file:
+                read_torch_file(file)
+        except UnsafeModelError as error:
+            assert "posix.mkdir" in str(error) or "nt.mkdir" in str(error), error
+        else:
+            sys.exit("accepted")
+        watching = False
+        assert set(sys.modules) == before, set(sys.modules) - before
+        assert not {e for e in seen if e.startswith(("os.", "import", "exec", "subprocess"))}, seen
+        assert "pickle" not in sys.modules or "pickle.find_class" not in seen
+    """)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    assert not (tmp_path / "attacked").exists()
+
+
+TENSOR_CALLS = {
+    "too few arguments": REBUILD + many(KEPT, number(0)) + REDUCE,
+    "too many arguments": REBUILD + many(KEPT, *[number(0)] * 40) + REDUCE,
+    "no storage": REBUILD + many(NONE, number(0), many(), many(), FALSE, ORDERED) + REDUCE,
+    "a list for a size": REBUILD
+    + many(KEPT, number(0), EMPTY_LIST, EMPTY_LIST, FALSE, ORDERED)
+    + REDUCE,
+    "a list for arguments": REBUILD + EMPTY_LIST + REDUCE,
+    "a dict that is filled": name("collections", "OrderedDict") + many(EMPTY_LIST) + REDUCE,
+    "a class that is called": name("torch", "FloatStorage") + many(number(1)) + REDUCE,
+    "a persistent id of text": text("storage") + PERSID,
+    "a persistent id of another kind": many(text("module"), NONE, NONE) + PERSID,
+    "a truth value for a count": many(
+        text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), TRUE
+    )
+    + PERSID,
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_CALLS)
+def test_p2_allowed_names_with_wrong_arguments(tmp_path: Path, case: str) -> None:
+    message = refused_pickle(tmp_path, pickled(dictionary({"w": TENSOR_CALLS[case]})))
+    assert "byte " in message
+
+
+@pytest.mark.parametrize("key", ["__class__", "__dict__", "__setstate__", "append", "_metadata"])
+def test_p2_build_sets_no_attributes(tmp_path: Path, key: str) -> None:
+    state = dictionary({key: NONE, "__class__2": NONE})
+    for target in (ORDERED, GOOD, EMPTY_DICT, EMPTY_LIST, name("torch", "Tensor")):
+        message = refused_pickle(tmp_path, pickled(target + state + BUILD), UnsafeModelError)
+        assert "BUILD" in message
+
+
+def test_p2_metadata_of_modules_is_let_pass(tmp_path: Path) -> None:
+    body = ORDERED + text("w") + GOOD + SETITEM + dictionary({"_metadata": ORDERED}) + BUILD
+    assert accepted(tmp_path, archive(pickled(body), {"0": bytes(24)}).bytes())["w"].shape == (2, 3)
+
+
+REFUSED = {
+    "NEWOBJ": name("torch", "Tensor") + EMPTY_TUPLE + b"\x81",
+    "NEWOBJ_EX": name("torch", "Tensor") + EMPTY_TUPLE + EMPTY_DICT + b"\x92",
+    "INST": MARK + b"ios\nsystem\n",
+    "OBJ": MARK + name("torch", "Tensor") + b"o",
+    "EXT1": b"\x82\x01",
+    "EXT2": b"\x83\x01\x00",
+    "EXT4": b"\x84\x01\x00\x00\x00",
+    "NEXT_BUFFER": b"\x97",
+    "READONLY_BUFFER": b"\x98",
+    "PERSID": b"Pos.system\n",
+}
+
+
+@pytest.mark.parametrize("opcode", REFUSED)
+def test_p2_opcodes_that_create_or_reach_out(tmp_path: Path, opcode: str) -> None:
+    body = REFUSED[opcode]
+    message = refused_pickle(tmp_path, pickled(body), UnsafeModelError)
+    assert f"opcode {opcode} " in message and "byte " in message
+
+
+@pytest.mark.parametrize("opcode", [b"2", b"I1\n", b"Va\n", b"S'a'\n", b"\x8f", b"\x00", b"\xff"])
+def test_p2_opcodes_that_no_state_dict_needs(tmp_path: Path, opcode: bytes) -> None:
+    message = refused_pickle(tmp_path, pickled(number(1) + opcode))
+    assert f"opcode {opcode[0]:#04x}" in message
+
+
+@pytest.mark.parametrize("target", [KEPT, GOOD, EMPTY_TUPLE, text("x"), name("torch", "Tensor")])
+def test_p3_items_are_set_on_dicts_and_lists_only(tmp_path: Path, target: bytes) -> None:
+    item = target + text("k") + NONE + SETITEM
+    assert "sets an item" in refused_pickle(tmp_path, pickled(item), UnsafeModelError)
+    appended = target + NONE + b"a"
+    assert "appends to" in refused_pickle(tmp_path, pickled(appended), UnsafeModelError)
+    many_appended = target + MARK + NONE + b"e"
+    assert "appends to" in refused_pickle(tmp_path, pickled(many_appended), UnsafeModelError)
+
+
+def test_p3_keys_are_text_and_not_repeated(tmp_path: Path) -> None:
+    for key in (EMPTY_TUPLE, NONE, GOOD, EMPTY_LIST, number(2**40), TRUE):
+        assert "a key is" in refused_pickle(tmp_path, pickled(EMPTY_DICT + key + NONE + SETITEM))
+    twice = EMPTY_DICT + (text("w") + GOOD + SETITEM) * 2
+    assert "'w' occurs twice" in refused_pickle(tmp_path, pickled(twice))
+    odd = EMPTY_DICT + MARK + text("w") + b"u"
+    assert "no value" in refused_pickle(tmp_path, pickled(odd))
+
+
+ATTACK = name("os", "system") + many(text("x")) + REDUCE
+
+
+def test_p4_damage_before_and_after_an_attack(tmp_path: Path) -> None:
+    assert "os.system" in refused_pickle(tmp_path, PROTO + ATTACK + b"\xff" * 9, UnsafeModelError)
+    refused_pickle(tmp_path, PROTO + b"\xff" + ATTACK + STOP)
+    after = pickled(dictionary({"w": GOOD})) + pickled(ATTACK)
+    assert "bytes follow the end" in refused_pickle(tmp_path, after)
+    assert "bytes needed, 0 left" in refused_pickle(tmp_path, PROTO + dictionary({"w": GOOD}))
+    left = pickled(NONE + dictionary({"w": GOOD}))
+    assert "2 values are left" in refused_pickle(tmp_path, left)
+    assert "values are left" in refused_pickle(tmp_path, pickled(MARK))
+    assert "no dict of tensors" in refused_pickle(tmp_path, pickled(GOOD))
+    assert "no dict of tensors" in refused_pickle(tmp_path, pickled(dictionary({"w": NONE})))
+
+
+def test_p4_every_prefix_of_a_pickle(tmp_path: Path) -> None:
+    good = pickled(dictionary({"w": GOOD, "v": view(KEPT, 2, (2,), (1,))}))
+    for end in range(len(good)):
+        kind = UnsupportedModelError if end < 2 else ModelFormatError
+        refused_pickle(tmp_path, good[:end], kind)
+
+
+BOMBS = {
+    "memo of 2^27": (NONE + b"r" + struct.pack("<I", 2**27), None),
+    "memo of 2^32-1": (NONE + b"r" + struct.pack("<I", 2**32 - 1), None),
+    "memo that was never set": (b"j" + struct.pack("<I", 5), "memo 5"),
+    "marks": (MARK * 10_000_000, "on the stack"),
+    "values": (NONE * 200_000, "on the stack"),
+    "steps": (NONE + b"q\x00" * 550_000, "opcodes"),
+    "laughs": (EMPTY_TUPLE + b"q\x00" + (b"h\x00h\x00h\x00\x87q\x00" * 40_000), "values are left"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_p5_bombs(tmp_path: Path, case: str) -> None:
+    """A few bytes that make the reader of the standard library allocate gigabytes, or hang."""
+    body, reason = BOMBS[case]
+    path = tmp_path / "bad.bin"
+    path.write_bytes(archive(pickled(body), {}).bytes())
+    tracemalloc.start()
+    start = time.monotonic()
+    with RawFile(path) as file, pytest.raises(ModelFormatError, match=reason):
+        read_torch_file(file)
+    assert time.monotonic() - start < 60
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20 + 8 * len(body)
+
+
+@pytest.mark.parametrize("code", [b"\x8d", b"\x8e", b"\x95"])
+@pytest.mark.parametrize("length", [2**62, 2**64 - 1, 100])
+def test_p6_lengths_of_eight_bytes(tmp_path: Path, code: bytes, length: int) -> None:
+    message = refused_pickle(tmp_path, pickled(code + struct.pack("<Q", length)))
+    assert str(length) in message and "left" in message
+
+
+@pytest.mark.parametrize("code", [b"\x8b", b"X", b"B"])
+def test_p6_lengths_of_four_bytes(tmp_path: Path, code: bytes) -> None:
+    refused_pickle(tmp_path, pickled(code + struct.pack("<I", 2**31 - 1)))
+    refused_pickle(tmp_path, pickled(b"\x8b" + struct.pack("<I", 200) + bytes(200)))
+    refused_pickle(tmp_path, pickled(b"c" + b"x" * 2000))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_p7_protocols_two_to_five(tmp_path: Path, protocol: int) -> None:
+    """The standard library's pickles of plain data are understood, framed and memoized or not."""
+    data = {"a": [1, 2**40, -1, 2.5, None, True, ("x", ()), b"raw"], "b": OrderedDict(c={"d": 1})}
+    raw = pickle.dumps(data, protocol)
+    body = raw[2:-1]
+    if protocol == 2:  # which spells bytes as a call
+        data["a"].pop()
+        body = pickle.dumps(data, 2)[2:-1]
+    kept = EMPTY_DICT + text("extra") + body + SETITEM + text("w") + GOOD + SETITEM
+    if protocol >= 4:  # a frame would promise more than it holds
+        kept = kept.replace(raw[2:11], b"")
+    whole_pickle = b"\x80" + bytes([protocol]) + kept + STOP
+    assert accepted(tmp_path, archive(whole_pickle, {"0": bytes(24)}).bytes())["w"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("raw", [b"(dp0\n.", b"", b"\x80", b"\x80\x01.", b"\x80\x06.", b"}."])
+def test_p7_other_protocols(tmp_path: Path, raw: bytes) -> None:
+    refused_pickle(tmp_path, raw, UnsupportedModelError)
+
+
+def test_p7_torchscript(tmp_path: Path) -> None:
+    made = archive(pickled(dictionary({"w": GOOD})), {"0": bytes(24)})
+    made.entries.append(Entry("m/code/__torch__.py", b"def forward(): pass"))
+    assert "TorchScript" in refusal(tmp_path, made.bytes(), UnsupportedModelError)
+
+
+VIEWS = {
+    "negative offset": (-1, (2, 3), (3, 1), "storage offset -1"),
+    "huge offset": (2**62, (2, 3), (3, 1), "storage offset"),
+    "offset beyond": (7, (0,), (1,), "does not fit"),
+    "past the end": (1, (2, 3), (3, 1), "does not fit its storage '0' of 6"),
+    "stride past the end": (0, (2, 3), (4, 1), "does not fit"),
+    "negative stride": (5, (2, 3), (-3, 1), "stride -3"),
+    "negative size": (0, (-2, 3), (3, 1), "size -2"),
+    "expansion": (0, (10**12,), (0,), "does not fit"),
+    "expansion of few": (0, (7,), (0,), "does not fit"),
+    "lengths": (0, (2, 3), (3,), "2 sizes and 1 strides"),
+    "nine axes": (0, (1,) * 9, (1,) * 9, "at most 8"),
+    "overflow": (0, (2**40, 2**40), (1, 1), "does not fit"),
+}
+
+
+@pytest.mark.parametrize("case", VIEWS)
+def test_p8_views_outside_their_storage(tmp_path: Path, case: str) -> None:
+    offset, size, stride, reason = VIEWS[case]
+    body = dictionary({"w": view(KEPT, offset, size, stride)})
+    assert reason in refused_pickle(tmp_path, pickled(body))
+
+
+@pytest.mark.parametrize("size", [0, 20, 23, 25, 28, 48])
+def test_p9_storage_of_another_size(tmp_path: Path, size: int) -> None:
+    made = archive(pickled(dictionary({"w": GOOD})), {"0": bytes(size)})
+    message = refusal(tmp_path, made.bytes())
+    assert "'w'" in message and "take 24 bytes" in message and f"has {size}" in message
+
+
+def test_p9_storage_missing_or_of_two_types(tmp_path: Path) -> None:
+    made = archive(pickled(dictionary({"w": GOOD})), {"1": bytes(24)})
+    assert "storage '0' is missing" in refusal(tmp_path, made.bytes())
+    other = view(storage("0", "IntStorage", 6), 0, (6,), (1,))
+    made = archive(pickled(dictionary({"w": GOOD, "v": other})), {"0": bytes(24)})
+    assert "declared twice" in refusal(tmp_path, made.bytes())
+
+
+KINDS = ["_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_meta_tensor_no_storage"]
+KINDS += ["_rebuild_wrapper_subclass", "_rebuild_nested_tensor", "_rebuild_tensor"]
+
+
+@pytest.mark.parametrize("function", KINDS)
+def test_p10_tensors_that_are_not_plain(tmp_path: Path, function: str) -> None:
+    body = name("torch._utils", function) + EMPTY_TUPLE + REDUCE
+    assert function in refused_pickle(tmp_path, pickled(body), UnsupportedModelError)
+
+
+def test_p10_tensor_with_its_class(tmp_path: Path) -> None:
+    inner = many(KEPT, number(0), many(number(6)), many(number(1)), FALSE, ORDERED)
+    typed = name("torch._tensor", "_rebuild_from_type_v2")
+
+    def call(kind: bytes, function: bytes = REBUILD, arguments: bytes = inner) -> bytes:
+        return pickled(dictionary({"w": typed + many(function, kind, arguments, ORDERED) + REDUCE}))
+
+    good = call(name("torch.nn.parameter", "Parameter"))
+    assert accepted(tmp_path, archive(good, {"0": bytes(24)}).bytes())["w"].shape == (6,)
+    refused_pickle(tmp_path, call(name("torch", "FloatStorage")))
+    refused_pickle(tmp_path, call(name("torch", "Tensor"), name("collections", "OrderedDict")))
+    refused_pickle(tmp_path, call(name("torch", "Tensor"), arguments=many(*[KEPT] * 50)))
+
+
+def zipped(**changes: Any) -> Archive:
+    """A good archive whose storage entry has these fields."""
+    made = archive(pickled(dictionary({"w": GOOD})), {"0": bytes(24)})
+    for key, value in changes.items():
+        setattr(made.entries[2], key, value)
+    return made
+
+
+def test_p11_the_unchanged_archive_is_good(tmp_path: Path) -> None:
+    assert accepted(tmp_path, zipped().bytes())["w"].shape == (2, 3)
+    described = zipped(flags=8, local_size=0)  # sizes after the data, as PyTorch writes them
+    described.entries[3].before = b"PK\7\x08" + struct.pack("<III", 0, 24, 24)
+    assert accepted(tmp_path, described.bytes())["w"].shape == (2, 3)
+
+
+ZIPS: dict[str, tuple[dict[str, Any], str]] = {
+    "compressed": ({"method": 8}, "compressed"),
+    "encrypted": ({"flags": 1}, "encrypted"),
+    "strongly encrypted": ({"flags": 64}, "encrypted"),
+    "sizes differ": ({"packed": 23}, "23 stored"),
+    "larger than the file": ({"size": 10_000}, "10000 bytes"),
+    "zip64 without sizes": ({"size": 0xFFFF_FFFF}, "no zip64 sizes"),
+    "zip64 lie": (
+        {"size": 0xFFFF_FFFF, "extra": struct.pack("<HHQQ", 1, 16, 2**63, 2**63)},
+        str(2**63),
+    ),
+    "zip64 lie of the offset": (
+        {"header": 0xFFFF_FFFF, "extra": struct.pack("<HHQ", 1, 8, 2**64 - 1)},
+        str(2**64 - 1),
+    ),
+    "local size": ({"local_size": 25}, "25 bytes"),
+    "local name": ({"local_name": b"m/data/1"}, "another name"),
+    "overlap": ({"header": 0}, "inside the entry"),
+    "duplicate": ({"name": "m/byteorder"}, "two entries are named"),
+    "not UTF-8": ({"name": b"m/data/\xff"}, "UTF-8"),
+    "bytes between": ({"before": b"hidden!"}, "7 bytes lie before it"),
+}
+
+
+@pytest.mark.parametrize("case", ZIPS)
+def test_p11_archives(tmp_path: Path, case: str) -> None:
+    changes, reason = ZIPS[case]
+    message = refusal(tmp_path, zipped(**changes).bytes(), EdgeLlamaError, exact=False)
+    assert reason in message
+
+
+def test_p11_around_the_archive(tmp_path: Path) -> None:
+    good = zipped().bytes()
+    assert "comment of 9 bytes" not in refusal(tmp_path, good + b"123456789")
+    made = zipped()
+    made.comment = good  # a second archive in the comment of the first ends the file
+    refusal(tmp_path, made.bytes())
+    made.comment = b"123456789"
+    refusal(tmp_path, made.bytes())
+    refusal(tmp_path, b"#!/bin/sh\n" + good)
+    for count in (0, 3, 5, 65_535):
+        made = zipped()
+        made.count = count
+        refusal(tmp_path, made.bytes())
+    shifted = good.index(b"m/data/0") - 30 + 16  # where no header is, by a gap that is allowed
+    assert "no local header" in refusal(tmp_path, zipped(header=shifted).bytes())
+    made = zipped()
+    made.before_directory = b"hidden"
+    assert "6 bytes lie between" in refusal(tmp_path, made.bytes())
+    names = Archive([Entry("../../etc/passwd", b"x"), Entry("a\0b", b"y")])
+    assert "data.pkl" in refusal(tmp_path, names.bytes())  # names are only looked up, never opened
+
+
+def test_p11_many_entries(tmp_path: Path) -> None:
+    """A zip64 record that promises a million entries in a few bytes."""
+    record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0, 0, 0, 0, 10**6, 10**6, 46, 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, 46, 1)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0)
+    message = refusal(tmp_path, bytes(46) + record + locator + end)
+    assert "1000000 entries" in message
+
+
+@pytest.mark.parametrize("length", [0, 1, 21, 22, 60, 200])
+def test_p11_cut_files(tmp_path: Path, length: int) -> None:
+    good = zipped().bytes()
+    assert "incomplete" in refusal(tmp_path, good[:length])
+
+
+def test_p12_byte_order_and_other_entries(tmp_path: Path) -> None:
+    made = zipped()
+    made.entries[1].data = b"big"
+    assert "big" in refusal(tmp_path, made.bytes(), UnsupportedModelError)
+    made.entries = [made.entries[0], made.entries[2]]  # older files: no byteorder, no version
+    assert accepted(tmp_path, made.bytes())["w"].shape == (2, 3)
+    made.entries.append(Entry("m/.data/serialization_id", b"1" * 40))
+    assert accepted(tmp_path, made.bytes())["w"].shape == (2, 3)
+    made.entries.append(Entry("other/data.pkl", b""))
+    assert "2 entries named data.pkl" in refusal(tmp_path, made.bytes())
+
+
+def test_a_training_script_puts_the_weights_deeper(tmp_path: Path) -> None:
+    for key in ("model", "state_dict", "module"):
+        body = dictionary({"step": number(7), key: dictionary({"w": GOOD})})
+        raw = archive(pickled(body), {"0": bytes(24)}).bytes()
+        assert list(accepted(tmp_path, raw)) == ["w"]
+
+
+def test_the_helper_writes_what_is_read(tmp_path: Path) -> None:
+    arrays = {"a": whole(), "b": whole().astype(np.float16)}
+    for key, values in accepted(tmp_path, torch_file(arrays)).items():
+        np.testing.assert_array_equal(values, arrays[key].astype(np.float32))
