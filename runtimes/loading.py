@@ -28,6 +28,7 @@ class Loader:
     total: int  # bytes that will be read
     done: int = 0
     warnings: list[str] = field(default_factory=list)
+    _free: list[NDArray[np.uint8]] = field(default_factory=list)  # rooms to read into again
 
     def pieces(self, name: str, multiple: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(first row, raw rows (n, row_bytes)) of a tensor; n is a multiple but for the last."""
@@ -42,8 +43,17 @@ class Loader:
         if zero:
             self.warnings.append(f"tensor '{name}' is all zeros")
 
+    def give_back(self, raw: NDArray[np.uint8]) -> None:
+        """The caller has done with a piece: its memory is used again, which saves its pages."""
+        if isinstance(raw.base, np.ndarray):
+            self._free.append(raw.base)
+
     def _read(self, info: TensorInfo, first: int, rows: int) -> NDArray[np.uint8]:
-        raw = np.empty((rows, info.row_bytes), np.uint8)
+        need = rows * info.row_bytes
+        room = self._free.pop() if self._free else np.empty(max(need, PIECE), np.uint8)
+        if len(room) < need:
+            room = np.empty(need, np.uint8)
+        raw = room[:need].reshape(rows, info.row_bytes)
         self.file.read_into(info.name, raw.data.cast("B"), first * info.row_bytes)
         self.done += raw.nbytes
         if self.options.cancel:
@@ -58,4 +68,5 @@ class Loader:
         whole = np.empty((info.n_rows, math.prod(info.shape) // info.n_rows), np.float32)
         for first, raw in self.pieces(name):
             whole[first : first + len(raw)] = decode(info.type.name, raw)
+            self.give_back(raw)
         return whole.reshape(info.shape)

@@ -26,6 +26,8 @@ LANES = abi.LANES
 Bytes = NDArray[np.uint8]
 
 
+AT_ONCE = 1 << 18  # bytes of a file repacked together where there is something in between
+
 Interleave = Callable[[Bytes, Bytes], None]
 
 
@@ -42,6 +44,7 @@ class Layout:
     record_bytes: int  # of activations
     interleave: Interleave
     records: int = 1  # of activations that meet one block
+    at_once: int = 1 << 62  # bytes of a file: what is in between has to stay in cache
 
     @property
     def integer(self) -> bool:
@@ -94,29 +97,45 @@ def _five_bits(name: str) -> Interleave:
     return interleave
 
 
-# Planes: the codes of 32 columns, (..., 32), in the bytes of a row that `_put` then moves.
+# Planes: the codes of 32 columns, (..., 32), in the bytes of a row that `_put` then moves. They are
+# made of eight codes at a time, as a word of 64 bits.
+
+
+def _words(codes: Bytes) -> NDArray[np.uint64]:
+    return np.ascontiguousarray(codes).view("<u8")  # (..., 4)
+
+
+def _repeated(byte: int) -> np.uint64:
+    """A word of eight times this byte."""
+    return np.uint64(byte * 0x0101_0101_0101_0101)
+
+
+def _folded(words: NDArray[np.uint64], shift: int) -> NDArray[np.uint64]:
+    """The upper half of a word or-ed into its lower one, this much further left in each byte."""
+    return words & np.uint64(0xFFFF_FFFF) | words >> np.uint64(32) << np.uint64(shift)
 
 
 def _nibbles(codes: Bytes) -> Bytes:
     """16 bytes: columns 0..15 in the low halves, 16..31 in the high ones."""
-    four = np.uint8(15)
-    return codes[..., :16] & four | (codes[..., 16:] & four) << np.uint8(4)
+    four = _words(codes) & _repeated(15)
+    joined: NDArray[np.uint64] = four[..., :2] | four[..., 2:] << np.uint64(4)
+    return joined.view(np.uint8)
 
 
 def _bits(codes: Bytes, place: int) -> Bytes:
     """4 bytes of one bit of the codes; see `pieces_quants.add_bits`."""
-    bits = codes.reshape(*codes.shape[:-1], 8, 4) >> np.uint8(place) & np.uint8(1)
-    shifted = bits << np.arange(8, dtype=np.uint8)[:, None]
-    joined: Bytes = np.bitwise_or.reduce(shifted, axis=-2)
-    return joined
+    bits = _words(codes) >> np.uint64(place) & _repeated(1)
+    joined = bits[..., 0]
+    for i in (1, 2, 3):
+        joined = joined | bits[..., i] << np.uint64(2 * i)
+    return _folded(joined, 1).astype("<u4")[..., None].view(np.uint8)
 
 
 def _pairs(codes: Bytes, place: int) -> Bytes:
     """8 bytes of two bits of the codes; see `pieces_quants.load_pairs`."""
-    pairs = codes.reshape(*codes.shape[:-1], 2, 4, 4) >> np.uint8(place) & np.uint8(3)
-    shifted = pairs << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    joined: Bytes = np.bitwise_or.reduce(shifted, axis=-2)  # (..., 2, 4)
-    return joined.reshape(*codes.shape[:-1], 8)
+    pairs = _words(codes) >> np.uint64(place) & _repeated(3)
+    joined = pairs[..., 0::2] | pairs[..., 1::2] << np.uint64(4)  # (..., 2)
+    return _folded(joined, 2).astype("<u4").view(np.uint8)
 
 
 def _k_layout(
@@ -140,7 +159,7 @@ def _k_layout(
         for plane in planes:
             at = _put(body, at, plane(codes), np.uint32)
 
-    return Layout(256, header + 8 * part, abi.Q8_RECORD, interleave, records=8)
+    return Layout(256, header + 8 * part, abi.Q8_RECORD, interleave, 8, AT_ONCE)
 
 
 def _small(integers: Packed) -> list[Bytes]:
@@ -167,8 +186,8 @@ LAYOUTS = {
     "Q4_0": Layout(32, 288, abi.Q8_RECORD, _plain("Q4_0")),
     "Q4_1": Layout(32, 320, abi.Q8_RECORD, _plain("Q4_1")),
     "Q8_0": Layout(32, 544, abi.Q8_RECORD, _plain("Q8_0", flip=128)),
-    "Q5_0": Layout(32, 352, abi.Q8_RECORD, _five_bits("Q5_0")),
-    "Q5_1": Layout(32, 384, abi.Q8_RECORD, _five_bits("Q5_1")),
+    "Q5_0": Layout(32, 352, abi.Q8_RECORD, _five_bits("Q5_0"), at_once=AT_ONCE),
+    "Q5_1": Layout(32, 384, abi.Q8_RECORD, _five_bits("Q5_1"), at_once=AT_ONCE),
     "IQ4_NL": Layout(32, 288, abi.Q8_RECORD, _plain("IQ4_NL")),
     "Q2_K": _k_layout("Q2_K", 160, packed.q2_k, partial(_pairs, place=0)),
     "Q3_K": _k_layout("Q3_K", 224, packed.q3_k, partial(_pairs, place=0), partial(_bits, place=2)),
@@ -213,4 +232,8 @@ def repack(type_name: str, raw: Bytes, columns: int, out: Bytes) -> None:
         room[:rows, :blocks] = whole
         whole = room
     rows_of_groups = whole.reshape(groups, LANES, wide, kind.size)
-    layout.interleave(rows_of_groups, out.reshape(groups, -1, layout.block_bytes))
+    target = out.reshape(groups, -1, layout.block_bytes)
+    step = max(1, layout.at_once // (LANES * wide * kind.size))
+    for first in range(0, groups, step):
+        part = slice(first, first + step)
+        layout.interleave(rows_of_groups[part], target[part])
