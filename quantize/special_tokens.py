@@ -25,7 +25,7 @@ from edgellama.vocab import (
     USER_DEFINED,
 )
 
-LARGEST, MOST_PARTS = 256 * 2**20, 16 * 2**20  # bytes and values of a tokenizer.json
+LARGEST, MOST_PARTS = 128 * 2**20, 8 * 2**20  # bytes and values of a tokenizer.json
 ID_KEYS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",

@@ -61,6 +61,8 @@ def tokenizer_metadata(folder: Path, vocab_rows: int, notes: list[str]) -> dict[
 
 def _read_vocabulary(files: Folder, notes: list[str]) -> Draft:
     model, described = files.find("tokenizer.model"), files.find("tokenizer.json")
+    if not model and not described and files.params:
+        model = _shared_model(files, notes)
     if model:
         data = read_small(model, LARGEST)
         if not is_tiktoken(data):
@@ -81,6 +83,14 @@ def _read_vocabulary(files: Folder, notes: list[str]) -> Draft:
             unsupported(f"tokenizers of this kind are not read: {name}", files.path, name, "", hint)
     hint = "Copy the tokenizer's files into the model's folder"
     refuse("there is neither a tokenizer.model nor a tokenizer.json", files.path, hint=hint)
+
+
+def _shared_model(files: Folder, notes: list[str]) -> Path | None:
+    """Meta's downloads have one tokenizer.model beside the folders of all sizes."""
+    path = Folder(files.path.absolute().parent).find("tokenizer.model")
+    if path:
+        notes.append(f"the tokenizer is {path}, beside the model's folder")
+    return path
 
 
 def _llama3_version(files: Folder) -> str:

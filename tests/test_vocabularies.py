@@ -11,6 +11,7 @@ import tokenizerfiles as files
 import vocabs
 from tiny import _write_keys
 
+from edgellama.errors import TokenizerError
 from edgellama.gguf import open_gguf
 from edgellama.quantize.tiktoken import draft_of_ranks, merges_of_ranks, read_ranks
 from edgellama.quantize.vocabularies import tokenizer_metadata
@@ -341,6 +342,18 @@ def test_merges_of_added_tokens_are_left_out(convert: Convert) -> None:
     assert "b c" not in key(metadata, "merges") and "ab c" in key(metadata, "merges")
     assert any(note.startswith("1 merges are left out") for note in notes)
     agree(tokenizer_from_gguf(metadata), peer_of(data), ["abc", "bcc a", "cbc"])
+
+
+def test_the_tokenizer_beside_the_folders_of_all_sizes(tmp_path: Path) -> None:
+    """As Meta's downloads of LLaMA 1 and 2 have it."""
+    files.write(tmp_path, tokenizer_model=files.sentencepiece())
+    folder = files.write(tmp_path / "7B", params_json={"dim": 64, "vocab_size": -1})
+    notes: list[str] = []
+    assert len(key(tokenizer_metadata(folder, SMALL, notes), "tokens")) == SMALL
+    assert len(notes) == 1 and "tokenizer.model, beside the model's folder" in notes[0]
+    (folder / "params.json").unlink()
+    with pytest.raises(TokenizerError, match="there is neither"):
+        tokenizer_metadata(folder, SMALL, notes)
 
 
 def test_tokens_that_trim_spaces_are_noted(convert: Convert) -> None:
