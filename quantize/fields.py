@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellama.errors import ModelConfigError, UnsupportedModelError, shown
+from edgellama.errors import LONGEST_SHOWN, ModelConfigError, UnsupportedModelError
 
 
 def spelled(value: object) -> str:
-    """A value as JSON writes it, safe to print and cut if it is long."""
-    return shown(json.dumps(value)) if not isinstance(value, list) else shown(value)
+    """A value as JSON writes it, safe to print; what is longer than 200 characters is cut."""
+    text = json.dumps(value).replace("\x7f", "\\u007f")  # the one control that JSON leaves
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
 
 
 class Fields:

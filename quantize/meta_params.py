@@ -35,7 +35,7 @@ def meta_metadata(
     `vocab_rows` are those of `tok_embeddings.weight`. Raises ModelConfigError naming the key for a
     wrong value, UnsupportedModelError for what is no dense LLaMA.
     """
-    fields = _fields(params, folder)
+    fields = Fields(params, folder / "params.json")
     _refuse(fields)
     dim, head_dim, n_heads, n_kv_heads = _heads(fields)
     rope = meta_rope(params, folder)
@@ -57,7 +57,7 @@ def meta_metadata(
 
 def meta_rope(params: Mapping[str, Any], folder: Path) -> RopeSettings:
     """The rope settings and the context length of the release that has such parameters."""
-    fields = _fields(params, folder)
+    fields = Fields(params, folder / "params.json")
     _, head_dim, _, _ = _heads(fields)
     base = fields.number("rope_theta", 1.0, LARGEST_BASE, 10_000.0)
     if not fields.flag("use_scaled_rope"):
@@ -74,13 +74,6 @@ def meta_rope(params: Mapping[str, Any], folder: Path) -> RopeSettings:
     )
     factors = llama3_factors(Rope(head_dim, base), factor, 1.0, high, SCALED_ORIGINAL)
     return RopeSettings(base, SCALED_CONTEXT, factors=factors, notes=[note])
-
-
-def _fields(params: Mapping[str, Any], folder: Path) -> Fields:
-    """Some copies nest everything under "model"."""
-    fields = Fields(params, folder / "params.json")
-    nested = fields.section("model") if "dim" not in fields else None
-    return nested or fields
 
 
 def _refuse(fields: Fields) -> None:

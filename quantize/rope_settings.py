@@ -65,7 +65,7 @@ def _private_scale(config: Fields, settings: RopeSettings) -> RopeSettings:
     if "abacus_scale" in config:
         factor = config.number("abacus_scale", 0.0, LARGEST_FACTOR)
         settings.notes.append(f"abacus_scale = {factor:g} taken as linear rope scaling")
-        _stretch(settings, factor)
+        _stretch(config, "abacus_scale", settings, factor)
     return settings
 
 
@@ -78,10 +78,10 @@ def _factor(scaling: Fields) -> float:
 
 
 def _linear(scaling: Fields, settings: RopeSettings, head_dim: int) -> None:
-    _stretch(settings, _factor(scaling))
+    _stretch(scaling, "factor", settings, _factor(scaling))
 
 
-def _stretch(settings: RopeSettings, factor: float) -> None:
+def _stretch(fields: Fields, key: str, settings: RopeSettings, factor: float) -> None:
     """Linear interpolation (arXiv:2306.15595). Releases disagree on what their context means.
 
     Some give the stretched length, some the original one: a length that would leave fewer than
@@ -89,20 +89,24 @@ def _stretch(settings: RopeSettings, factor: float) -> None:
     """
     settings.keys |= {"scaling.type": "linear", "scaling.factor": factor}
     if factor > 1.0 and settings.context / factor < LEAST_TRAINED:
-        trained, settings.context = settings.context, _tokens(settings.context * factor)
+        trained = settings.context
+        settings.context = _tokens(fields, key, settings.context * factor)
         settings.notes.append(
             f"context length {settings.context}: {trained} tokens, stretched {factor:g} times"
         )
 
 
-def _tokens(count: float) -> int:
-    return min(max(round(count), 1), MOST_CONTEXT)
+def _tokens(fields: Fields, key: str, count: float) -> int:
+    """A stretched context's length, which `key` may not make too long."""
+    if not 1 <= round(count) <= MOST_CONTEXT:
+        raise fields.error(key, f"a factor that leaves a context of 1..{MOST_CONTEXT} tokens")
+    return round(count)
 
 
 def _dynamic(scaling: Fields, settings: RopeSettings, head_dim: int) -> None:
     """Dynamic NTK grows the base with the text; GGUF has one base, the one at full length."""
     factor = scaling.number("factor", math.nextafter(1.0, 0.0), LARGEST_FACTOR)
-    full = _tokens(settings.context * factor)
+    full = _tokens(scaling, "factor", settings.context * factor)
     growth = factor * full / settings.context - (factor - 1.0)
     grown = settings.freq_base * growth ** (head_dim / (head_dim - 2)) if head_dim > 2 else 0.0
     if not 1.0 < grown <= LARGEST_BASE:
@@ -141,7 +145,7 @@ def _yarn(scaling: Fields, settings: RopeSettings, head_dim: int) -> None:
         "scaling.yarn_beta_fast": scaling.number("beta_fast", 0.0, 1e6, 32.0),
         "scaling.yarn_beta_slow": scaling.number("beta_slow", 0.0, 1e6, 1.0),
     }
-    settings.context = max(settings.context, _tokens(original * factor))
+    settings.context = max(settings.context, _tokens(scaling, "factor", original * factor))
 
 
 def _attention_factor(scaling: Fields, factor: float) -> float:

@@ -24,7 +24,11 @@ from edgellama.weights import ROPE_FACTORS, check_tensors, expected_shapes, mode
 Bits = NDArray[Any]
 Floats = NDArray[np.float32]
 
-_STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 _WRITERS = ("general.file_type", "general.quantization_version", "general.alignment")
 
 
@@ -168,7 +172,8 @@ def _gguf_tensor(file: GGUF, info: TensorInfo) -> SourceTensor:
         """Whole rows; elements of a vector, which is never of a block type."""
         size = info.row_bytes if len(info.shape) > 1 else info.type.size
         rows = np.empty((last - first, size), np.uint8)
-        file.read_into(info.name, rows, first * size)
+        if rows.size:
+            file.read_into(info.name, rows.data, first * size)
         return rows
 
     def read(first: int, last: int) -> Floats:
