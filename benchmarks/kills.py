@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from killing import kill_many  # noqa: E402 - it lies among the tests
+from killing import kill_many
 
 
 def main() -> None:

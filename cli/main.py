@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -188,6 +189,28 @@ def perplexity(
 
     how, other = Running.of(ctx.params), base_runtime or runtime
     show_perplexity(ctx.obj, model, text, base=base, how=how, base_runtime=other, chunks=chunks)
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(help="A checkpoint folder, or a GGUF file.")],
+    output: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    type: options.Type,
+    strict: options.Strict = False,
+    dry_run: options.DryRun = False,
+    importance: options.Importance = None,
+    certificate: options.Certificate = "full",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Convert a checkpoint to a GGUF file of fewer bits, or one GGUF file to another type."""
+    from edgellama.cli.quantize import Choices, run_quantize
+
+    choices = Choices(type, importance, certificate, strict, threads)
+    run_quantize(ctx.obj, source, output, choices, dry_run=dry_run)
 
 
 def run(arguments: list[str]) -> int:

@@ -73,6 +73,16 @@ Raw = Annotated[bool, _twin("--raw", help="Continue the text: no chat template."
 From = Annotated[Path | None, _twin("--from", help="A wheel or GGUF file that is already here.")]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
 
+Type = Annotated[str, _twin("--type", help="The type of the output: Q4_K_M, Q8_0, F16...")]
+Strict = Annotated[bool, _twin("--strict", help="Refuse where a tensor needs a larger type.")]
+DryRun = Annotated[bool, _twin("--dry-run", help="Show the plan and write nothing.")]
+Importance = Annotated[
+    Path | None, _twin("--importance", help="A file that says which weights matter more.")
+]
+Certificate = Annotated[
+    str, _twin("--certificate", help="full or none: what `verify` compares with.")
+]
+
 
 def _remember(ctx: typer.Context, param: typer.CallbackParam, value: bool) -> bool:
     setattr(ctx.ensure_object(Terminal), str(param.name), value)

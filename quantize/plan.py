@@ -179,10 +179,10 @@ class _Mix:
             return chosen, "" if chosen == self.ordinary else "output head"
         match = _BLOCK.match(name)
         role = name.removesuffix(".weight").rpartition(".")[2]
-        chosen = self._in_block(role, int(match[1])) if match else None
-        if chosen is None or chosen == self.ordinary:
+        special = self._in_block(role, int(match[1])) if match else None
+        if special is None or special == self.ordinary:
             return self.ordinary, ""
-        return chosen, f"part of the mix {self.name}"
+        return special, f"part of the mix {self.name}"
 
     def _in_block(self, role: str, layer: int) -> str | None:
         match role:
