@@ -154,9 +154,9 @@ def _check_whole(
             continue
         problem = f"{found} {what} in {len(parts)} of Meta's shards; params.json says {wanted}"
         hint = "The shards are not of the model that params.json describes"
-        if found < wanted and wanted % found == 0:
-            number = len(parts)
-            hint = f"Shards are missing, consolidated.{number:02d}.pth first; download them too"
+        n = len(parts)
+        if found < wanted and wanted % (found // n) == 0:
+            hint = f"Shards are missing, consolidated.{n:02d}.pth first; download them too"
         raise _refuse(files[0], name, problem, hint)
 
 

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from edgellama import EdgeLlamaError, ModelFormatError
+from edgellama.quantize.raw_file import RawFile
+from edgellama.quantize.torch_files import read_torch_file
 
 CLASSES = {"<f4": "FloatStorage", "<f2": "HalfStorage", "<u2": "BFloat16Storage"}
 CLASSES |= {"|u1": "ByteStorage", "<i8": "LongStorage", "<f8": "DoubleStorage"}
@@ -157,3 +162,33 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
     for title, data in files.items():
         (folder / title).write_bytes(data.encode() if isinstance(data, str) else data)
     return folder
+
+
+KEPT = storage("0", "FloatStorage", 6)
+GOOD = view(KEPT, 0, (2, 3), (3, 1))
+
+
+def refusal(
+    tmp_path: Path, raw: bytes, kind: type[EdgeLlamaError] = ModelFormatError, exact: bool = True
+) -> str:
+    """The message with which a file of these bytes is refused."""
+    path = tmp_path / "bad.bin"
+    path.write_bytes(raw)
+    with RawFile(path) as file, pytest.raises(kind) as caught:
+        read_torch_file(file)
+    assert type(caught.value) is kind or not exact
+    assert caught.value.path == path
+    return str(caught.value)
+
+
+def refused_pickle(
+    tmp_path: Path, raw: bytes, kind: type[EdgeLlamaError] = ModelFormatError
+) -> str:
+    return refusal(tmp_path, archive(raw, {"0": bytes(24)}).bytes(), kind)
+
+
+def accepted(tmp_path: Path, raw: bytes) -> dict[str, Any]:
+    path = tmp_path / "good.bin"
+    path.write_bytes(raw)
+    with RawFile(path) as file:
+        return {key: tensor.read() for key, tensor in read_torch_file(file).items()}
