@@ -34,7 +34,11 @@ _EXTERNAL = (
 
 def inline(function: Callable[..., Any]) -> Any:
     """A piece of a kernel: always merged into its callers by LLVM."""
-    return numba.njit(error_model="numpy", forceinline=True)(function)
+    njit: Any = numba.njit  # its types leave out the last two options
+    plain = njit(
+        error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )
+    return plain(function)
 
 
 def object_code(

@@ -48,6 +48,9 @@ _SOURCES = [  # what the machine code follows from
     "simd",
     "vectors",
 ]
+_ENCODERS = [  # the same of quantize/
+    *("encode_k", "encode_lanes", "encode_packing", "encode_search", "encode_simple"),
+]
 
 warnings: list[str] = []  # why kernels are not cached; for `model.info`
 
@@ -64,7 +67,8 @@ def addresses(
 ) -> dict[str, int]:
     """Where each kernel's machine code is in memory; compiled first if need be.
 
-    Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `fine:Q8_0`, `embed:F16`. `progress` is
+    Names are `lead`, `follow`, `norm`… or `linear:Q4_1`, `fine:Q8_0`, `embed:F16`, or,
+    for encoding without importance and with it, `encode:Q4_K`, `weighted:Q4_K`. `progress` is
     called with (done, total, "compiling kernels") while kernels are compiled, in another thread:
     this one answers `cancel` and signals meanwhile. Raises Cancelled.
     """
@@ -97,6 +101,13 @@ def _make(name: str, level: Level) -> bytes:
 
 
 def _compile(name: str, level: Level) -> bytes:
+    from edgellama.runtimes.compiler import object_code
+
+    kind, _, type_name = name.partition(":")
+    if kind in ("encode", "weighted"):
+        from edgellama.quantize.encode_k import kernel
+
+        return object_code(symbol(name), kernel(type_name, weighted=kind == "weighted"), level)
     from edgellama.runtimes import (
         kernel_team,
         kernels,
@@ -104,9 +115,7 @@ def _compile(name: str, level: Level) -> bytes:
         kernels_linear,
         kernels_tiles,
     )
-    from edgellama.runtimes.compiler import object_code
 
-    kind, _, type_name = name.partition(":")
     if type_name:
         makers: dict[str, Callable[[str], Callable[..., None]]] = {
             "linear": kernels_linear.linear,
@@ -152,9 +161,12 @@ def _fingerprint() -> str:
     """Changes whenever a kernel or what compiles it does."""
     facts = (llvmlite.__version__, llvm.get_default_triple(), edgellama.__version__, ggml.IQ4_NL)
     digest = hashlib.sha256(repr(facts).encode())
-    for name in _SOURCES:
+    here = Path(__file__).parent
+    sources = [here / f"{name}.py" for name in _SOURCES]
+    sources += [here.parent / "quantize" / f"{name}.py" for name in _ENCODERS]
+    for source in sources:
         try:
-            digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+            digest.update(source.read_bytes())
         except OSError:  # a frozen app without sources: its version has to do
             digest.update(b"?")
     return digest.hexdigest()[:16]
