@@ -35,7 +35,7 @@ class _Packed:
     shape: tuple[int, ...]
     block: int
     absmax: Tensor
-    values: Floats  # of the 16 nibbles
+    values: Floats  # of both nibbles of a byte, the high one first, (256, 2)
     nested_block: int = 0  # 0: absmax holds the scales themselves
     nested_absmax: Floats | None = None
     nested_values: Floats | None = None
@@ -91,7 +91,8 @@ def _packed(
     absmax = _part(tensors, name, "absmax", path)
     nested = f"{name}.nested_absmax" in tensors
     _expect(absmax, blocks, ("U8",) if nested else ("F32",), path)
-    values = _small(tensors, name, "quant_map", 16, path)
+    codes, byte = _small(tensors, name, "quant_map", 16, path), np.arange(256)
+    values = np.stack([codes[byte >> 4], codes[byte & 15]], axis=1)
     if not nested:
         return _Packed(weight, shape, block, absmax, values)
     nested_block = _number(described, "nested_blocksize", name, path)
@@ -179,9 +180,7 @@ def _rows(packed: _Packed, first: int, last: int) -> Floats:
     if start == end:
         return np.empty(0, np.float32)
     pairs = _bytes(packed.weight, start // 2, (end + 1) // 2)
-    nibbles = np.empty((len(pairs), 2), np.uint8)
-    nibbles[:, 0], nibbles[:, 1] = pairs >> 4, pairs & 15
-    out = packed.values[nibbles.reshape(-1)[start % 2 :][: end - start]]
+    out = packed.values[pairs].reshape(-1)[start % 2 :][: end - start]
     first_block, block = start // packed.block, packed.block
     scales = _scales(packed, first_block, -(-end // block))
     head = min(-start % block, end - start)  # elements before the first whole block
