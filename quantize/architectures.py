@@ -22,7 +22,7 @@ CLASSES = {
 DTYPES = ("float32", "float16", "bfloat16", "auto")  # only checked: the tensors say what they are
 LONGLLAMA_CONTEXT = 2048  # tokens its memory layers see as plain attention
 MISTRAL_WINDOW = 4096  # when `sliding_window` is absent, as `transformers` has it
-SMALLEST_EPS, LARGEST_EPS = 0.0, 0.1
+SMALLEST_EPS, LARGEST_EPS = 0.0, 0.0999  # float32 would round 0.1 up, out of range
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -76,6 +76,7 @@ def _metadata(fields: Fields, folder: Path, rope: RopeSettings, notes: list[str]
     window = _window(fields, kind, notes)
     if window is not None:
         keys["attention.sliding_window"] = window
+        notes.append(f"attention looks back {window} tokens (sliding_window); llama.cpp ignores it")
     notes += rope.notes
     return general_keys(folder) | llama_keys(keys, rope, head_dim)
 

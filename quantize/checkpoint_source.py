@@ -40,7 +40,7 @@ def open_checkpoint_source(path: Path) -> Source:
         notes: list[str] = []
         source = checkpoint_source(
             checkpoint,
-            lambda rows: tokenizer_metadata(_tokenizer_folder(folder, checkpoint), rows, notes),
+            lambda rows: tokenizer_metadata(folder, rows, notes),
         )
         source.notes += notes
         source.close = files.pop_all().close
@@ -87,14 +87,6 @@ def _folder(checkpoint: "Checkpoint") -> Path:
 
 def _config_path(checkpoint: "Checkpoint") -> Path:
     return _folder(checkpoint) / ("params.json" if checkpoint.kind == "meta" else "config.json")
-
-
-def _tokenizer_folder(folder: Path, checkpoint: "Checkpoint") -> Path:
-    """Meta's downloads of LLaMA and Llama 2 keep `tokenizer.model` one level up."""
-    name = "tokenizer.model"
-    above = folder.resolve().parent
-    up = checkpoint.kind == "meta" and not (folder / name).exists() and (above / name).exists()
-    return above if up else folder
 
 
 def _metadata(

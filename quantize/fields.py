@@ -5,12 +5,13 @@ nothing about what the keys mean.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgellama.errors import LONGEST_SHOWN, ModelConfigError, UnsupportedModelError
+
+SMALLEST = 2.0**-126  # of float32, without losing digits
 
 
 def spelled(value: object) -> str:
@@ -70,13 +71,13 @@ class Fields:
         return value
 
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        """A finite number in (low, high]."""
+        """A finite number in (low, high], 0 or not lost in a float32, as GGUF files store it."""
         value = self.get(key)
         value = default if value is None else value
         allowed = f"number above {low:g}, up to {high:g}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(key, allowed)
-        if not (low < value <= high and math.isfinite(value)):
+        if not low < value <= high or 0.0 < abs(value) < SMALLEST:
             raise self.error(key, allowed)
         return float(value)
 

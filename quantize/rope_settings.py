@@ -142,9 +142,12 @@ def _yarn(scaling: Fields, settings: RopeSettings, head_dim: int) -> None:
         "scaling.factor": factor,
         "scaling.original_context_length": original,
         "scaling.attn_factor": wanted / own,
-        "scaling.yarn_beta_fast": scaling.number("beta_fast", 0.0, 1e6, 32.0),
-        "scaling.yarn_beta_slow": scaling.number("beta_slow", 0.0, 1e6, 1.0),
     }
+    for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        value = scaling.number(key, 0.0, 1e6, usual)
+        if value != usual:
+            settings.keys[f"scaling.yarn_{key}"] = value
+            settings.notes.append(f"yarn's {key} is {value:g}, a key that llama.cpp ignores")
     settings.context = max(settings.context, _tokens(scaling, "factor", original * factor))
 
 

@@ -9,10 +9,16 @@ import pytest
 import zoo
 
 from edgellama.config import config_from_gguf
-from edgellama.errors import ModelConfigError, ModelFormatError, UnsupportedModelError
+from edgellama.errors import (
+    EdgeLlamaError,
+    ModelConfigError,
+    ModelFormatError,
+    UnsupportedModelError,
+)
 from edgellama.quantize.architectures import hf_metadata, hf_rope
 from edgellama.quantize.names import gguf_names
 from edgellama.quantize.source import Source, open_source
+from edgellama.rope import inverse_frequencies
 from edgellama.weights import expected_shapes
 
 FOLDER = Path("model")
@@ -29,6 +35,15 @@ LLAMA3 = {
 }
 LINEAR, YARN = {"type": "linear", "factor": 2.0}, {"type": "yarn", "factor": 2.0}
 
+SCALINGS = (
+    LINEAR,
+    LLAMA3,
+    {"type": "dynamic", "factor": 2.0},
+    {"type": "truncate", "t": 100},
+    YARN | {"original_max_position_embeddings": 64, "attention_factor": 1.0, "beta_fast": 8.0},
+    YARN | {"beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": True},
+)
+
 
 def metadata(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return hf_metadata({**config, **changes}, FOLDER, [])
@@ -38,6 +53,44 @@ def refused(error: type[Exception], message: str, **changes: Any) -> None:
     with pytest.raises(error, match=message) as caught:
         metadata(CONFIG, **changes)
     assert "config.json" in str(caught.value) and len(str(caught.value)) < 600
+
+
+NASTY = [0, -1, 1, 2, 7, 2**31, 2**64, 10**300, 0.1, 0.5, 1e-300, 1e300, True, False, None]
+NASTY += ["", "x", "\ud800", "1", [], [1], ["x"], [[]], {}, {"x": 1}, {"": {}}, {"a": [{}]}]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(zoo.styles()["Mistral-7B v0.1 (and Instruct)"] | {"rope_scaling": s} for s in SCALINGS),
+        CONFIG | {"rope_parameters": LLAMA3 | {"rope_theta": 1e6}},
+        CONFIG | {"num_key_value_heads": 2, "head_dim": 12, "abacus_scale": 4.0},
+    ],
+)
+def test_any_value_anywhere_is_read_or_refused_with_an_error_of_ours(config):
+    """No value of one key, nested ones too, raises anything else or gives an impossible model."""
+    metadata(config)
+    outer = {**config, "partial_rotary_factor": 1.0, "max_sequence_length": 9, "auto_map": {}}
+    for key in (*outer, "num_local_experts", "attention_bias", "mlp_bias", "use_sliding_window"):
+        for value in NASTY:
+            _read_or_refused({**config, key: value})
+    for section in ("rope_scaling", "rope_parameters"):
+        for key in config.get(section) or {}:
+            for value in NASTY:
+                _read_or_refused({**config, section: {**config[section], key: value}})
+
+
+def _read_or_refused(config: dict[str, Any]) -> None:
+    try:
+        keys = metadata(config)
+        factors = hf_rope(config, FOLDER).factors
+    except EdgeLlamaError as error:
+        assert str(error).isascii() and len(str(error)) < 700
+    else:
+        stored = {k: float(np.float32(v)) if type(v) is float else v for k, v in keys.items()}
+        rope = config_from_gguf(stored).rope  # what is accepted is a possible model
+        assert np.isfinite(inverse_frequencies(rope, factors)).all()
+        assert np.isfinite(np.array(factors or [1.0], np.float32)).all()
 
 
 SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"]

@@ -63,7 +63,7 @@ def test_no_expected_logits_are_left_over():
         ("LLaMA-1 7B", 2048, None, 10_000.0, None),
         ("Llama-2 70B", 4096, None, 10_000.0, None),
         ("Llama-3.1 405B", 131_072, None, 500_000.0, None),
-        ("Mistral-7B v0.1 (and Instruct)", 32_768, 4096, 10_000.0, None),
+        ("Mistral-7B v0.1 (and Instruct)", 32_768, 4096, 10_000.0, "looks back 4096 tokens"),
         ("Mistral-7B v0.2 (Instruct)", 32_768, None, 1_000_000.0, None),
         ("Vicuna 7B v1.5-16k", 16_384, None, 10_000.0, "stretched 4 times"),
         ("Giraffe-v1-delta-13b-scaled-16 (linear)", 32_768, None, 10_000.0, "stretched 16 times"),
