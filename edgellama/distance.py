@@ -160,8 +160,7 @@ class Scores:
         """Those of the tokens chosen."""
         if not len(self.kl):
             return Scores(self.nll[chosen], self.base_nll, self.kl, self.same)
-        arrays = (self.nll, self.base_nll, self.kl, self.same)
-        return Scores(*(x[chosen] for x in arrays))
+        return Scores(self.nll[chosen], self.base_nll[chosen], self.kl[chosen], self.same[chosen])
 
     def figures(self) -> Figures:
         if not len(self.kl):

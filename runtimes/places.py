@@ -31,6 +31,19 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What goes into some products, there once so many instructions of a program have run.
+
+    float32 (columns / 8, tokens, 8), columns padded with zeros to a multiple of 32.
+    """
+
+    instructions: int
+    weights: tuple[str, ...]
+    columns: int
+    address: int
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """How keys and values lie in a session's cache; see `kernels_attention.py`."""
 

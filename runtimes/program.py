@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgellama.graph import Graph, Node
 from edgellama.runtimes import abi
-from edgellama.runtimes.places import CacheShape, Matrix, aligned, part_bytes
+from edgellama.runtimes.places import CacheShape, Matrix, Packing, aligned, part_bytes
 from edgellama.runtimes.repack import LAYOUTS, column_blocks, padded
 
 
@@ -26,6 +26,7 @@ class Batch:
 
     tokens: int  # and rows of logits
     tiles: str = ""  # kernels for products of quantized weights, if not the plain ones
+    observed: bool = False  # what goes into products is packed as float32, too: see `Packing`
 
 
 PLAIN = Batch(64)
@@ -49,6 +50,7 @@ class Program:
     counters: NDArray[np.uint8]  # (instructions * COUNTER_BYTES,)
     logits: NDArray[np.float32]  # (batch.tokens, padded vocabulary)
     buffers: list[NDArray[np.uint8]]
+    packings: list[Packing]  # of an observed batch
 
     @property
     def scratch_bytes(self) -> int:
@@ -136,7 +138,8 @@ def lower(
     for row, instruction in zip(words, lowering.instructions, strict=True):
         row[: len(instruction)] = instruction
     counters = aligned(len(words) * abi.COUNTER_BYTES)
-    return Program(batch, words, counters, lowering.logits(), lowering.buffers)
+    logits, buffers = lowering.logits(), lowering.buffers
+    return Program(batch, words, counters, logits, buffers, lowering.packings)
 
 
 def _bits(value: float) -> int:
@@ -159,6 +162,7 @@ class _Lowering:
     places: dict[str, Place] = field(default_factory=dict)
     buffers: list[NDArray[np.uint8]] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)  # linear nodes already emitted
+    packings: list[Packing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Packed activations share one room a format: each is read before the next is written."""
@@ -171,8 +175,9 @@ class _Lowering:
             for name in node.inputs:
                 self.consumers.setdefault(name, []).append(node)
             if node.op == "linear":
-                kind, columns = self._format(node), self._matrix(node).columns
-                widest[kind] = max(widest[kind], padded(columns, abi.BLOCK))
+                columns = padded(self._matrix(node).columns, abi.BLOCK)
+                for kind in self._formats((node,)):
+                    widest[kind] = max(widest[kind], columns)
         self.packed = {
             kind: self._room(columns // abi.BLOCK * _FORMATS[kind] * self.batch.tokens)
             for kind, columns in widest.items()
@@ -195,9 +200,18 @@ class _Lowering:
 
     def _packed(self, value: str) -> tuple[int, int, int]:
         """(q8 address, f32 address, bf16 address) that the products of a value want, 0 for none."""
-        kinds = {self._format(node) for node in self.products[value]}
+        nodes = self.products[value]
+        kinds = self._formats(nodes)
+        if self.batch.observed:  # the instruction at hand will have packed them
+            weights = tuple(node.weight or "" for node in nodes)
+            columns, after = self._matrix(nodes[0]).columns, len(self.instructions) + 1
+            self.packings.append(Packing(after, weights, columns, self.packed["f32"]))
         q8, f32, bf16 = (self.packed[kind] if kind in kinds else 0 for kind in _FORMATS)
         return q8, f32, bf16
+
+    def _formats(self, nodes: tuple[Node, ...]) -> set[str]:
+        kinds = {self._format(node) for node in nodes}
+        return kinds | {"f32"} if self.batch.observed else kinds
 
     def _format(self, node: Node) -> str:
         """How the product's kernel wants the activations packed."""
