@@ -35,7 +35,7 @@ class _Packed:
     shape: tuple[int, ...]
     block: int
     absmax: Tensor
-    values: Floats  # of both nibbles of a byte, the high one first, (256, 2)
+    values: Bits  # for each byte the two float32 of its nibbles, high one first, as one 64-bit word
     nested_block: int = 0  # 0: absmax holds the scales themselves
     nested_absmax: Floats | None = None
     nested_values: Floats | None = None
@@ -92,7 +92,7 @@ def _packed(
     nested = f"{name}.nested_absmax" in tensors
     _expect(absmax, blocks, ("U8",) if nested else ("F32",), path)
     codes, byte = _small(tensors, name, "quant_map", 16, path), np.arange(256)
-    values = np.stack([codes[byte >> 4], codes[byte & 15]], axis=1)
+    values = np.stack([codes[byte >> 4], codes[byte & 15]], axis=1).view(np.uint64).reshape(-1)
     if not nested:
         return _Packed(weight, shape, block, absmax, values)
     nested_block = _number(described, "nested_blocksize", name, path)
@@ -180,7 +180,7 @@ def _rows(packed: _Packed, first: int, last: int) -> Floats:
     if start == end:
         return np.empty(0, np.float32)
     pairs = _bytes(packed.weight, start // 2, (end + 1) // 2)
-    out = packed.values[pairs].reshape(-1)[start % 2 :][: end - start]
+    out = np.take(packed.values, pairs).view(np.float32)[start % 2 :][: end - start]
     first_block, block = start // packed.block, packed.block
     scales = _scales(packed, first_block, -(-end // block))
     head = min(-start % block, end - start)  # elements before the first whole block

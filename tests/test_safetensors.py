@@ -264,3 +264,8 @@ def test_a_file_cut_while_open_is_an_error(tmp_path: Path) -> None:
             other.truncate(400)
         with pytest.raises(ModelFormatError, match="changed since it was opened"):
             tensor.read()
+
+
+def test_more_tensors_than_any_model_has(tmp_path: Path) -> None:
+    header = {f"t{number}": 0 for number in range(65_537)}
+    assert "65537 tensors; at most 65536" in refusal(tmp_path, framed(header))
