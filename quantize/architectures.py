@@ -76,7 +76,7 @@ def _metadata(fields: Fields, folder: Path, rope: RopeSettings, notes: list[str]
     window = _window(fields, kind, notes)
     if window is not None:
         keys["attention.sliding_window"] = window
-        notes.append(f"attention looks back {window} tokens (sliding_window); llama.cpp ignores it")
+        notes.append(window_note(window))
     notes += rope.notes
     return general_keys(folder) | llama_keys(keys, rope, head_dim)
 
@@ -91,6 +91,10 @@ def llama_keys(keys: dict[str, Any], rope: RopeSettings, head_dim: int) -> dict[
     rope_keys = {"dimension_count": head_dim, "freq_base": rope.freq_base, **rope.keys}
     keys = keys | {f"rope.{key}": value for key, value in rope_keys.items()}
     return {f"llama.{key}": value for key, value in keys.items()}
+
+
+def window_note(window: int) -> str:
+    return f"attention looks back {window} tokens (sliding_window); llama.cpp ignores it"
 
 
 def _model_type(fields: Fields, notes: list[str]) -> str:

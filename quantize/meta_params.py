@@ -1,4 +1,4 @@
-"""Which model a `params.json` describes: the checkpoints as Meta publishes them.
+"""Which model a `params.json` describes: checkpoints as Meta, and Mistral, publish them.
 
 The file says less than a `config.json` does: no context length, no factor of the rope scaling, and
 often no size of the vocabulary. What the tensors do not tell follows from which release has such
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.config import MOST_CONTEXT, MOST_DIM, MOST_FFN, MOST_LAYERS, MOST_VOCAB, Rope
-from edgellama.quantize.architectures import LARGEST_EPS, SMALLEST_EPS, general_keys, llama_keys
+from edgellama.quantize.architectures import (
+    LARGEST_EPS,
+    SMALLEST_EPS,
+    general_keys,
+    llama_keys,
+    window_note,
+)
 from edgellama.quantize.fields import Fields, spelled
 from edgellama.quantize.rope_settings import LARGEST_BASE, LARGEST_FACTOR, RopeSettings
 from edgellama.rope import llama3_factors
@@ -52,6 +58,9 @@ def meta_metadata(
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
     }
+    if "sliding_window" in fields:
+        keys["attention.sliding_window"] = fields.integer("sliding_window", 1, MOST_CONTEXT)
+        notes.append(window_note(keys["attention.sliding_window"]))
     return general_keys(folder) | llama_keys(keys, rope, head_dim)
 
 
@@ -124,6 +133,8 @@ def _release(fields: Fields, base: float) -> tuple[int, str]:
     """(context length, release). `norm_eps` tells LLaMA from Llama 2, but for the 65B model."""
     if "max_seq_len" in fields and fields.integer("max_seq_len", 1, MOST_CONTEXT) > 2048:
         return fields.integer("max_seq_len", 1, MOST_CONTEXT), "max_seq_len"
+    if "hidden_dim" in fields:
+        return 32_768, "Mistral 7B"
     if base == 1_000_000.0:
         return 16_384, "Code Llama"
     if base == 500_000.0:

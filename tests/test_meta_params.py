@@ -54,6 +54,16 @@ def test_params_json_of_each_release(name):
     assert config.vocab_size == 32000 and len(notes) == 1 and "no context length" in notes[0]
 
 
+def test_mistrals_params_json():
+    params = {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32}
+    params |= {"n_kv_heads": 8, "norm_eps": 1e-05, "sliding_window": 4096, "vocab_size": 32000}
+    notes: list[str] = []
+    config = config_from_gguf(meta_metadata(params, FOLDER, notes, vocab_rows=32000))
+    assert config.n_parameters == 7_241_732_096
+    assert (config.context_length, config.sliding_window) == (32_768, 4096)
+    assert len(notes) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "samples"),
     [
@@ -125,7 +135,11 @@ def meta_checkpoint(folder: Path, *, tied: bool = False) -> Checkpoint:
             values = values.reshape(-1, 2, 8, 128).swapaxes(1, 2).reshape(values.shape)
         tensors[theirs] = Tensor(theirs, values.shape, "F32", lambda a, b, v=values: v[a:b])
     params = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "norm_eps": 1e-5}
-    params |= {"rope_theta": 500000.0, "hidden_dim": GROUPED["intermediate_size"]}
+    params |= {
+        "rope_theta": 500000.0,
+        "max_seq_len": 8192,
+        "hidden_dim": GROUPED["intermediate_size"],
+    }
     return Checkpoint(folder, "meta", tensors, params, [], ExitStack())
 
 
