@@ -59,8 +59,9 @@ def meta_metadata(
         "attention.value_length": head_dim,
     }
     if "sliding_window" in fields:
-        keys["attention.sliding_window"] = fields.integer("sliding_window", 1, MOST_CONTEXT)
-        notes.append(window_note(keys["attention.sliding_window"]))
+        window = fields.integer("sliding_window", 1, MOST_CONTEXT)
+        keys["attention.sliding_window"] = window
+        notes.append(window_note(window))
     return general_keys(folder) | llama_keys(keys, rope, head_dim)
 
 
