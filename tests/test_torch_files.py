@@ -253,7 +253,7 @@ def test_p11_many_entries(tmp_path: Path) -> None:
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, 46, 1)
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0)
     message = refusal(tmp_path, bytes(46) + record + locator + end)
-    assert "1000000 entries" in message
+    assert "1000000 entries" in message and "at most 131072" in message
 
 
 @pytest.mark.parametrize("length", [0, 1, 21, 22, 60, 200])
@@ -285,3 +285,58 @@ def test_the_helper_writes_what_is_read(tmp_path: Path) -> None:
     arrays = {"a": whole(), "b": whole().astype(np.float16)}
     for key, values in accepted(tmp_path, torch_file(arrays)).items():
         np.testing.assert_array_equal(values, arrays[key].astype(np.float32))
+
+
+def ended(raw: bytes, **fields: int) -> bytes:
+    """An archive whose end record has these fields changed."""
+    names = ("disk", "first_disk", "here", "count", "size", "start", "comment")
+    values = dict(zip(names, struct.unpack("<4H2IH", raw[-18:]), strict=True)) | fields
+    return raw[:-18] + struct.pack("<4H2IH", *values.values())
+
+
+def ended64(
+    raw: bytes, magic: bytes = b"PK\6\6", size: int = 44, at: int = 0, disks: int = 1
+) -> bytes:
+    """The same archive with a zip64 record."""
+    body, (here, count, length, start) = raw[:-22], struct.unpack("<2H2I", raw[-14:-2])
+    fields = (0, 0, 0, 0, here, count, length, start)
+    record = struct.pack("<4sQ2H2I4Q", magic, size, *fields)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(body) + at, disks)
+    return body + record + locator + raw[-22:]
+
+
+def test_p11_zip64_records(tmp_path: Path) -> None:
+    good = zipped().bytes()
+    assert accepted(tmp_path, ended64(good))["w"].shape == (2, 3)
+    assert "record is damaged" in refusal(tmp_path, ended64(good, magic=b"PK\6\5"))
+    assert "record is damaged" in refusal(tmp_path, ended64(good, size=45))
+    assert "does not end at byte" in refusal(tmp_path, ended64(good, disks=2))
+    for at in (-1, 1, 2**62):
+        assert "does not end at byte" in refusal(tmp_path, ended64(good, at=at))
+
+
+def test_p11_end_records(tmp_path: Path) -> None:
+    good = zipped().bytes()
+    assert "comment of 5 bytes" in refusal(tmp_path, ended(good, comment=5))
+    for field in ("disk", "first_disk", "here"):
+        assert "one part of several" in refusal(tmp_path, ended(good, **{field: 3}))
+    start, size = good.index(b"PK\1\2"), len(good) - 22 - good.index(b"PK\1\2")
+    assert "follow the 3 entries" in refusal(tmp_path, ended(good, here=3, count=3))
+    longer = zipped(extra=bytes(20)).bytes()
+    assert "cut short" in refusal(tmp_path, ended(longer, here=5, count=5))
+    assert "does not end at byte" in refusal(tmp_path, ended(good, start=start - 1))
+    assert "does not end at byte" in refusal(tmp_path, ended(good, size=size - 1))
+    assert "does not end at byte" in refusal(tmp_path, ended(good, here=9, count=9))
+    shifted = ended(good, start=start + 1, size=size - 1)
+    assert "of the directory is damaged" in refusal(tmp_path, shifted)
+
+
+def test_p11_entries_only_the_directory_calls_compressed(tmp_path: Path) -> None:
+    """Both headers are asked: a reader that asks one sees another file than one that asks both."""
+    good = zipped().bytes()
+    local, central = good.index(b"m/data/0") - 30, good.rindex(b"m/data/0") - 46
+    for at in (central + 10, central + 8):  # method, flags
+        lie = good[:at] + b"\1" + good[at + 1 :]
+        assert "the entry is" in refusal(tmp_path, lie, UnsupportedModelError)
+    for at in (local + 8, local + 6):
+        assert "its local header says" in refusal(tmp_path, good[:at] + b"\1" + good[at + 1 :])
