@@ -98,7 +98,6 @@ def speed(spec: Spec, cost: Cost, effort: Effort, given: "Given") -> dict[str, A
         samples = paired(steps | {"limits": given.limits.step}, effort.rounds)
         batches = {name: _batches(subject, effort) for name, subject in subjects.items()}
         devices = {name: subject.device for name, subject in subjects.items()}
-        caches = {name: subject.memory["kv_cache"] for name, subject in subjects.items()}
     fresh = [name for name in subjects if not specs[name].level]
     cold = paired({n: _cold(specs[n], effort) for n in fresh}, effort.cold_rounds, uncounted=0)
     bounds = samples.pop("limits")
@@ -108,7 +107,6 @@ def speed(spec: Spec, cost: Cost, effort: Effort, given: "Given") -> dict[str, A
         level = specs[name].level or given.limits.levels[0]
         samples[name] |= _derived(samples[name], bounds, level, cost, effort)
         figures[name] = {"device": devices[name], **spreads(samples[name]), "batch": batches[name]}
-        figures[name]["kv_cache_bytes"] = caches[name]
     if given.first_use and "edgellama" in subjects:
         figures["edgellama"]["first_use_seconds"] = first_use(specs["edgellama"])
     return {

@@ -4,9 +4,9 @@
 
 Read bandwidth: all threads add up a buffer many times the size of the last cache. Products: all
 threads run `simd.dot4_small`, what integer kernels are made of, on operands in the first
-cache and sums in registers; four multiplications and four additions a lane. Both kernels go
-through the project's own compiler, at the instruction-set level named. An engine beside the vector
-unit (AMX) may exceed the second. Knows nothing about models.
+cache and sums in registers; four multiplications and four additions a lane. Where a level has a
+unit for tiles of matrices, its products count instead if they are more. All kernels go through the
+project's own compiler, at the instruction-set level named. Knows nothing about models.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from edgellama.runtimes.compiler import object_code
 
 AHEAD = (0, 1024, 2304, 4096)  # bytes between what is read and what is prefetched; the best counts
 LEAST_BUFFER = 2**30
-LINE, OPERANDS = 64, 8192  # bytes; operands of the products stay in the first cache
+LINE, OPERANDS = 64, 2**15  # bytes; operands of the products stay in the first cache
 SECONDS = 0.03  # a measurement lasts at least about this long
-DOTS, OPERATIONS = 12, 128  # products in one turn of the loop, operations in one product
+STEPS = 8  # of 32 columns, in a product of tiles
 
 
 dot = simd.dot4_small
@@ -84,7 +84,20 @@ def narrow_dots(address: int, turns: int, out: int) -> None:
     memory.store_f32x16(out, simd.to_f32(total))
 
 
+def tiles(address: int, turns: int, out: int) -> None:
+    """32 tokens times 32 rows in bfloat16, `turns` times; see `kernels_tiles.plain_block`."""
+    memory.tile_begin()
+    for _turn in range(turns):
+        memory.tile_block(address, address + STEPS * 2048, 2048, out, STEPS)
+    memory.tile_end()
+
+
 Kernel = Callable[..., None]
+OPERATIONS = {  # multiplications and additions in one turn
+    wide_dots: 12 * 64 * 2,
+    narrow_dots: 12 * 64 * 2,
+    tiles: 32 * 32 * STEPS * 32 * 2,
+}
 _engines: list[Any] = []  # they own the machine code
 
 
@@ -134,9 +147,7 @@ class Limits:
 
     def dots(self, level: str) -> float:
         """TOP/s by all threads."""
-        kernel, turns = self.best[level]
-        operations = turns * self.threads * DOTS * OPERATIONS
-        return operations / self._dots_seconds(level, kernel, turns) / 1e12
+        return self._rate(level, *self.best[level])
 
     def step(self) -> dict[str, float | None]:
         """Everything once: `read`, and `dots` by level."""
@@ -149,21 +160,22 @@ class Limits:
         return len(self.buffer) / _seconds(kernel, work) / 1e9
 
     def _best_dots(self, level: str) -> tuple[Kernel, int]:
-        """The faster kernel of two, and turns enough to measure."""
-        turns = 20_000
-        timed = {
-            kernel: min(self._dots_seconds(level, kernel, turns) for _ in range(3))
-            for kernel in (wide_dots, narrow_dots)
-        }
-        kernel, seconds = min(timed.items(), key=lambda item: item[1])
-        return kernel, max(1000, int(turns * SECONDS / seconds))
+        """The fastest kernel, and turns enough to measure."""
+        turns, kernels = 5000, [wide_dots, narrow_dots]
+        if levels.LEVELS[level].tiles:
+            kernels.append(tiles)
+        rates = {k: max(self._rate(level, k, turns) for _ in range(3)) for k in kernels}
+        best = max(rates, key=rates.__getitem__)
+        seconds = turns * self.threads * OPERATIONS[best] / rates[best] / 1e12
+        return best, max(1000, int(turns * SECONDS / seconds))
 
-    def _dots_seconds(self, level: str, kernel: Kernel, turns: int) -> float:
+    def _rate(self, level: str, kernel: Kernel, turns: int) -> float:
         work = [
             (self.operands[i].ctypes.data, turns, self.out[i].ctypes.data)
             for i in range(self.threads)
         ]
-        return _seconds(compiled(kernel, level), work)
+        seconds = _seconds(compiled(kernel, level), work)
+        return turns * self.threads * OPERATIONS[kernel] / seconds / 1e12
 
 
 def _seconds(kernel: Kernel, work: list[tuple[int, ...]]) -> float:

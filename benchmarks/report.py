@@ -108,7 +108,8 @@ def shares(document: Figures) -> str:
     heads += ["read a token, MB", "GB/s", "of the bandwidth", "peak over weights and cache, MB"]
     rows = []
     for cell, name, figures in measured(document, "files"):
-        least = cell["cost"]["weight_bytes"] + figures["kv_cache_bytes"]
+        cache = 2 * cell["cost"]["key_value_numbers"] * cell["effort"]["prefill"]
+        least = cell["cost"]["weight_bytes"] + cache
         peak = figures.get("peak_bytes")
         rows.append(
             [

@@ -45,7 +45,6 @@ class Subject:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.device: dict[str, Any] = {}
-        self.memory: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         spec = self.spec
@@ -63,7 +62,7 @@ class Subject:
             )
             on_failure.callback(self._stop)
             answer = self._answer()
-            self.device, self.memory = answer["device"], answer["memory"]
+            self.device = answer["device"]
             on_failure.pop_all()
         return self
 
@@ -162,7 +161,7 @@ def serve(given: dict[str, Any]) -> None:
     how = {key: given[key] for key in ("threads", "context", "kv_type")}
     try:
         with edgellama.load(given["path"], runtime, device=device, **how) as model:
-            say({"answer": {"device": model.device, "memory": model.info.memory}})
+            say({"answer": {"device": model.device}})
             work = Work(model)
             for line in sys.stdin:
                 what, arguments = json.loads(line)

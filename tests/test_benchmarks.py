@@ -23,6 +23,7 @@ import edgellama
 from edgellama.ggml import RUNNABLE
 from edgellama.gguf import open_gguf
 from edgellama.runtimes import levels
+from edgellama.runtimes.compiler import object_code
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +112,13 @@ def test_dots_computes_every_product() -> None:
     limits.compiled(limits.narrow_dots, "generic")(operands.ctypes.data, 1, out.ctypes.data)
     turns = ((at + i, at + j) for at in (0, 2, 4) for i in (0, 1) for j in (2, 3))
     assert np.array_equal(out, dot(*turns))
+
+
+def test_tiles_compile_wherever_they_could_run() -> None:
+    with_tiles = [level for level in levels.LEVELS.values() if level.tiles]
+    assert with_tiles
+    for level in with_tiles:
+        assert b"tiles" in object_code("tiles", limits.tiles, level, "x86_64-unknown-linux-gnu")
 
 
 # --- the matrix ---------------------------------------------------------------------------------
