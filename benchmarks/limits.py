@@ -23,7 +23,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from edgellama.machine import available_memory, usable_cores
-from edgellama.measure import Spread, in_turns
+from edgellama.measure import PAUSE, Spread, in_turns
 from edgellama.runtimes import levels, memory, simd
 from edgellama.runtimes.compiler import object_code
 
@@ -151,6 +151,7 @@ class Limits:
 
     def step(self) -> dict[str, float | None]:
         """Everything once: `read`, and `dots` by level."""
+        time.sleep(PAUSE)
         return {"read": self.read()} | {f"dots {name}": self.dots(name) for name in self.levels}
 
     def _read(self, ahead: int) -> float:
