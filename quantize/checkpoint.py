@@ -101,7 +101,9 @@ def open_checkpoint(path: "str | os.PathLike[str]") -> Checkpoint:
     path = Path(path)
     with ExitStack() as files:
         folder, names, index = _weight_files(path)
-        meta = (folder / "params.json").exists() and all(map(_META.fullmatch, names))
+        meta = all(map(_META.fullmatch, names)) and not (
+            (folder / "config.json").exists() and not (folder / "params.json").exists()
+        )
         notes: list[str] = []
         found = [_read_file(folder / name, files) for name in names]
         shards = [tensors for _, tensors in found]

@@ -193,3 +193,10 @@ def test_p14_absent_key_heads_are_as_many_as_heads(tmp_path: Path) -> None:
         tensors[f"layers.0.attention.{kind}.weight"] = square
     params = {key: value for key, value in PARAMS.items() if key != "n_kv_heads"}
     assert weights(meta_folder(tmp_path, cut(tensors, 2, 1), params)).keys() == tensors.keys()
+
+
+def test_meta_without_its_parameters(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"consolidated.00.pth": torch_file(meta_tensors())})
+    for path in (folder / "consolidated.00.pth", folder):
+        message = refusal(path, ModelConfigError)
+        assert "params.json: the file is missing" in message
