@@ -123,13 +123,15 @@ def test_descriptions_that_lie(
 
 
 def test_description_is_no_json(stored: dict[str, Tensor]) -> None:
+    raw = np.frombuffer(b"{", np.uint8)
+    assert "not JSON" in refusal({**parts(stored), STATE: in_memory(STATE, raw)})
     for values in (
-        np.frombuffer(b"{", np.uint8),
         np.zeros(70_000, np.uint8),
         np.zeros((2, 2), np.uint8),
         np.zeros(8, np.float32),
     ):
-        refusal({**parts(stored), STATE: in_memory(STATE, values)})
+        tensors = {**parts(stored), STATE: in_memory(STATE, values)}
+        assert "bytes of JSON" in refusal(tensors)
 
 
 @pytest.mark.parametrize("part", ["", ".absmax", ".quant_map", ".nested_quant_map"])
@@ -160,6 +162,12 @@ def test_parts_of_other_sizes(
 ) -> None:
     name = f"nf4_nested.weight{part}"
     refusal({**parts(stored), name: in_memory(name, values)})
+
+
+def test_packed_in_a_type_that_is_not_read(stored: dict[str, Tensor]) -> None:
+    name = "nf4_nested.weight"
+    odd = replace(stored[name], dtype="F8_E4M3")
+    assert "of type F8_E4M3" in refusal({**parts(stored), name: odd})
 
 
 def test_other_variants(stored: dict[str, Tensor]) -> None:
