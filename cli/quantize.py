@@ -143,6 +143,12 @@ def _bars() -> Any:
         TimeRemainingColumn,
     )
 
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()
-    times = TimeRemainingColumn(compact=True)
-    return Progress(*columns, DownloadColumn(), times, console=Console(stderr=True), transient=True)
+    from edgellama.quantize.stream import QUANTIZING
+
+    class Amount(DownloadColumn):
+        def render(self, task: Any) -> Any:
+            return super().render(task) if task.description == QUANTIZING else ""
+
+    label, times = TextColumn("{task.description}", markup=False), TimeRemainingColumn(compact=True)
+    columns = label, BarColumn(), TaskProgressColumn(), Amount(), times
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -15,16 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellama.control import CancelToken, Progress
-from edgellama.quantize.encode import encode
+from edgellama.quantize.encode import WEIGHTED, encode
 from edgellama.quantize.finite import LARGEST_HALF, check_bits, largest
+from edgellama.quantize.halves import widened
 from edgellama.quantize.plan import Plan, PlannedTensor
 from edgellama.quantize.source import Source, SourceTensor
+from edgellama.runtimes import kernel_cache, levels
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Importance: TypeAlias = Mapping[str, Floats]  # by tensor name: a weight for each column
 
 PIECE = 1 << 18  # weights read, encoded and written at a time: they fit a core's own cache
+QUANTIZING = "quantizing"  # what progress says; it counts the output's bytes
 SLICE = 1 << 16  # weights encoded between two looks at the cancel token, even by slow encoders
 _AHEAD = 2  # pieces that wait for a thread, so that none waits for a piece
 _LOOK = 0.02  # seconds between two looks at the cancel token
@@ -61,11 +64,22 @@ class Streamer:
 
     def pieces(self) -> Generator[Piece, None, None]:
         """All tensors' rows, in order. Raises NonFiniteError, Cancelled, what reading raises."""
+        self._compile()
         with ThreadPoolExecutor(self.threads, "edgellama-quantize") as pool:
             try:
                 yield from self._in_order(pool)
             finally:  # pieces that wait are dropped; leaving the `with` awaits the few begun
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self) -> None:
+        """Have the encoders ready: the wait for a compiler can be cancelled here, later not."""
+        weighted = self.importance or {}
+        names = [
+            f"{'weighted' if t.name in weighted and t.type in WEIGHTED else 'encode'}:{t.type}"
+            for t in self.plan.tensors
+            if t.type not in ("F32", t.source_type)
+        ]
+        kernel_cache.addresses(names, levels.choose()[0], self.progress, self.cancel)
 
     def _in_order(self, pool: ThreadPoolExecutor) -> Iterator[Piece]:
         waiting: deque[Future[Piece]] = deque()
@@ -105,12 +119,20 @@ class Streamer:
             if self.keep_rows:
                 rows = tensor.read(first, last)
         else:
-            rows = tensor.read(first, last)
-            size = largest(rows, tensor.name, first, path)
+            rows, size = self._weights(tensor, first, last)
             data = self._encoded(planned, tensor.arrange(rows))
             if size > LARGEST_HALF:
                 check_bits(data, planned.type, tensor.name, first, path, stored=False)
         return Piece(planned, tensor, first, last, data, rows if self.keep_rows else None)
+
+    def _weights(self, tensor: SourceTensor, first: int, last: int) -> tuple[Floats, float]:
+        """Rows of weights, and what none of them exceeds."""
+        if tensor.type == "F16":
+            bits = tensor.read_bits(first, last)
+            check_bits(bits, "F16", tensor.name, first, self.source.path, stored=True)
+            return widened(bits), LARGEST_HALF
+        rows = tensor.read(first, last)
+        return rows, largest(rows, tensor.name, first, self.source.path)
 
     def _encoded(self, planned: PlannedTensor, rows: Floats) -> Bytes:
         weights = self.importance.get(planned.name) if self.importance else None
@@ -136,7 +158,7 @@ class _Report:
         now = time.monotonic()
         if self._progress and (now - self._told > _TOLD or self._done == self._total):
             self._told = now
-            self._progress(self._done, self._total, "quantizing")
+            self._progress(self._done, self._total, QUANTIZING)
         return piece
 
 
