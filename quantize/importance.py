@@ -112,21 +112,23 @@ class _Collector:
         self._sums = {}
         with closing(self._runtime.session()) as session:
             self._observer.forward(session, chunk, self._see, cancel)
+        added = {
+            name: self._added(name, sums) for names, sums in self._sums.items() for name in names
+        }
         found = self._found
-        for names, sums in self._sums.items():
-            for name in names:
-                with np.errstate(over="ignore"):  # told below
-                    added = (found.sums.get(name, 0) + sums).astype(np.float32)
-                if not np.isfinite(added).all():
-                    problem = (
-                        f"squared inputs of column {int(np.isfinite(added).argmin())} overflow"
-                    )
-                    raise NonFiniteError(problem, path=self._path, where=f"tensor '{name}'")
-                found.sums[name] = added
-                found.counts[name] = found.counts.get(name, np.zeros(1, np.float32)) + np.float32(
-                    len(chunk)
-                )
+        found.sums.update(added)  # only now: a chunk counts whole or not at all
         found.chunks += 1
+        count = np.array([found.chunks * len(chunk)], np.float32)
+        found.counts = dict.fromkeys(added, count)
+
+    def _added(self, name: str, sums: NDArray[np.float64]) -> NDArray[np.float32]:
+        with np.errstate(over="ignore"):  # told here
+            total = (self._found.sums.get(name, 0) + sums).astype(np.float32)
+        if not np.isfinite(total).all():
+            column = int(np.isfinite(total).argmin())
+            problem = f"squared inputs of column {column} overflow, or are not numbers"
+            raise NonFiniteError(problem, path=self._path, where=f"tensor '{name}'")
+        return total
 
     def _see(self, names: tuple[str, ...], inputs: NDArray[np.float32]) -> None:
         exact = inputs.astype(np.float64)
