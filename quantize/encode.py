@@ -139,7 +139,9 @@ def _run(kernel: Kernel, lanes: Floats, out: Bytes, block: int, weights: Floats 
 def first_overflow(blocks: Bytes, type_name: str) -> int | None:
     """The first row that holds an infinite or NaN scale, or None: (n, row bytes) of any type.
 
-    What a type's float16 scales (F16's numbers themselves) cannot hold ends as infinity.
+    What a type's float16 scales (F16's numbers themselves) cannot hold ends as infinity. Rows with
+    magnitudes beyond 1e9 are to be refused before: they may defeat a search without a trace here,
+    as they do in ggml.
     """
     if type_name == "F32":
         exponents, top = blocks.view("<u4"), 0x7F800000

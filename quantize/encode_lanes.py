@@ -7,7 +7,7 @@ Knows no block format. Importing this module imports Numba: only the compiler do
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -46,10 +46,7 @@ def _all(value: int) -> Any:
 
 def _operator(symbol: Any, whole: str, real: str) -> None:
     """Teach Numba one operator; `whole` and `real` name LLVM's instructions ('' for none)."""
-    typing: Callable[..., Any] = type_callable
-    lowering: Callable[..., Any] = lower_builtin
 
-    @typing(symbol)
     def result(_context: Any) -> Any:
         def typer(x: Any, y: Any) -> Any:
             known = isinstance(x, Vector) and x == y and (whole if x == i32x16 else real)
@@ -57,10 +54,14 @@ def _operator(symbol: Any, whole: str, real: str) -> None:
 
         return typer
 
-    @lowering(symbol, Vector, Vector)
     def lower(_context: Any, b: Any, signature: Any, args: Any) -> Any:
         name = whole if signature.return_type == i32x16 else real
         return getattr(b, name)(*args)
+
+    typing: Any = type_callable  # Numba does not type these
+    lowering: Any = lower_builtin
+    typing(symbol)(result)
+    lowering(symbol, Vector, Vector)(lower)
 
 
 for _symbol, _whole, _real in (

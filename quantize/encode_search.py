@@ -7,7 +7,6 @@ that go with it. Values and weights are vectors in memory, 64 bytes apart.
 Knows nothing about how blocks are laid out: see `encode_simple.py` and `encode_k.py`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from numba import float32, int32
@@ -95,9 +94,20 @@ def weigh(x: int, importance: int, variance: Any, w: int, n: int) -> Any:
     return total
 
 
-def fit_minimum(
-    n: int, top: int, first: float, step: float, steps: int, mean: bool = False
-) -> Callable[[int, int, int], Any]:
+@inline
+def _limits_and_sums(x: int, w: int, n: int) -> Any:
+    low = high = load(x)
+    sum_w = load(w)
+    sum_x = sum_w * low
+    for i in range(1, n):
+        v, weight = load(x + i * V), load(w + i * V)
+        low, high = choose(less(v, low), v, low), choose(less(high, v), v, high)
+        sum_w, sum_x = sum_w + weight, sum_x + weight * v
+    low = choose(less(number(0.0), low), number(0.0), low)
+    return low, high, sum_w, sum_x
+
+
+def fit_minimum(n: int, top: int, first: float, step: float, steps: int, mean: bool = False) -> Any:
     """Scale and minimum, codes 0..top: ggml's make_qkx2_quants and make_qkx3_quants.
 
     `mean`: errors count by their size, not by their squares.
@@ -131,21 +141,9 @@ def fit_minimum(
         return total
 
     @inline
-    def begin(x: int, w: int) -> Any:
-        low = high = load(x)
-        sum_w = load(w)
-        sum_x = sum_w * low
-        for i in range(1, n):
-            v, weight = load(x + i * V), load(w + i * V)
-            low, high = choose(less(v, low), v, low), choose(less(high, v), v, high)
-            sum_w, sum_x = sum_w + weight, sum_x + weight * v
-        low = choose(less(number(0.0), low), number(0.0), low)
-        return low, high, sum_w, sum_x
-
-    @inline
     def search(x: int, w: int, room: int) -> Any:
         """(scale, -minimum, and for `codes`: inverse scale, minimum); room: n vectors."""
-        least, high, sum_w, sum_x = begin(x, w)
+        least, high, sum_w, sum_x = _limits_and_sums(x, w, n)
         flat = equal(high, least)
         zero = number(0.0)
         flat_least = least
@@ -177,7 +175,7 @@ def fit_minimum(
     return search
 
 
-def fit_symmetric(n: int, top: int) -> Callable[[int, int], Any]:
+def fit_symmetric(n: int, top: int) -> Any:
     """Scale, codes -top..top - 1: ggml's make_qx_quants with rmse_type 1.
 
     Of values x with weights w; where w is 0, an address that is none, by the values' squares.
@@ -226,9 +224,7 @@ def symmetric_codes(found: Any, value: Any, top: int) -> Any:
     return choose_int(none, splat_i32(int32(0)), code)
 
 
-def _turns(
-    n: int, low: int, high: int, byte: int
-) -> Callable[[int, int, int, Any, Any, bool], Any]:
+def _turns(n: int, low: int, high: int, byte: int) -> Any:
     """Change one code at a time while that helps, five times over at most."""
 
     @inline
@@ -267,7 +263,7 @@ def _turns(
     return improve
 
 
-def fit_by_turns(n: int, top: int) -> Callable[[int, int], Any]:
+def fit_by_turns(n: int, top: int) -> Any:
     """Scale, codes -top..top - 1, stored as bytes at q: ggml's make_q3_quants with do_rmse.
 
     A lane that is all zero has codes -top, as there.
@@ -295,7 +291,7 @@ def fit_by_turns(n: int, top: int) -> Callable[[int, int], Any]:
     return search
 
 
-def fit_positive(n: int, top: int) -> Callable[[int, int, int], Any]:
+def fit_positive(n: int, top: int) -> Any:
     """Scale of values that are not negative, codes up to top as bytes: ggml's make_qp_quants."""
     improve = _turns(n, -(2**31), top, 255)
 
@@ -343,7 +339,7 @@ def fit_positive(n: int, top: int) -> Callable[[int, int, int], Any]:
 # --- IQ4_NL: codes number the entries of a table --------------------------------------------------
 
 
-def fit_table(n: int, tries: int) -> Callable[[int, int], Any]:
+def fit_table(n: int, tries: int) -> Any:
     """Scale of values x with weights w: the search of ggml's quantize_row_iq4_nl_impl."""
 
     @inline

@@ -49,7 +49,12 @@ _SOURCES = [  # what the machine code follows from
     "vectors",
 ]
 _ENCODERS = [  # the same of quantize/
-    *("encode_k", "encode_lanes", "encode_packing", "encode_search", "encode_simple"),
+    "encode_k",
+    "encode_k_scales",
+    "encode_lanes",
+    "encode_packing",
+    "encode_search",
+    "encode_simple",
 ]
 
 warnings: list[str] = []  # why kernels are not cached; for `model.info`
