@@ -35,7 +35,8 @@ CONTEXT = 512  # tokens of a chunk
 LEAST_CONTEXT = 8
 MOST_CHUNKS = 1_000_000_000
 BUCKETS = 4  # that a chunk's scored positions are told apart in
-ROWS = 32  # positions scored at once: bounds the float64 probabilities' (rows, vocab_size)
+READ = 128  # positions whose logits are computed at once: float32 (READ, vocab_size) a model
+SCORED = 16  # of these, scored at once, in float64
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,15 @@ def _score_chunk(
     for session in sessions:
         session.truncate(0)
         session.forward(chunk[:first], cancel=cancel)
-    for start in range(first, len(chunk) - 1, ROWS):
-        stop = min(start + ROWS, len(chunk) - 1)
+    for start in range(first, len(chunk) - 1, READ):
+        stop = min(start + READ, len(chunk) - 1)
         logits = [s.forward(chunk[start:stop], all_logits=True, cancel=cancel) for s in sessions]
         for session, rows in zip(sessions, logits, strict=True):
             _check_finite(session, rows, f"{where}, position {start}")
         targets = np.asarray(chunk[start + 1 : stop + 1], np.int64)
-        scored.append(Scores.of(logits[0], targets, *logits[1:]))
+        for i in range(0, len(targets), SCORED):
+            piece = [rows[i : i + SCORED] for rows in logits]
+            scored.append(Scores.of(piece[0], targets[i : i + SCORED], *piece[1:]))
     return Scores.joined(scored)
 
 
