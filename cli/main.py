@@ -213,6 +213,22 @@ def quantize(
     run_quantize(ctx.obj, source, output, choices, dry_run=dry_run)
 
 
+@app.command()
+def verify(
+    ctx: typer.Context,
+    file: Model,
+    runtime: options.Runtime = "auto",
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Replay a file's certificate: its checksums, its tokenizer, and what it answers."""
+    from edgellama.cli.verify import show_verdict
+
+    show_verdict(ctx.obj, file, runtime, threads)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
     status = _status(arguments)

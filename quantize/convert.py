@@ -197,7 +197,11 @@ def _plan_notes(planned: Plan) -> list[str]:
 
 
 def _witness(certificate: str, source: Source, planned: Plan) -> Witness | None:
-    return None
+    if certificate == "none":
+        return None
+    from edgellama.quantize.certificate import Clerk
+
+    return Clerk(source, _metadata(source, planned), [tensor.name for tensor in planned.tensors])
 
 
 def _importance(

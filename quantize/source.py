@@ -18,6 +18,7 @@ from edgellama.config import ModelConfig
 from edgellama.errors import EdgeLlamaError, ModelFormatError
 from edgellama.ggml import FLOATS
 from edgellama.gguf import GGUF, TensorInfo, open_gguf
+from edgellama.graph import decoder
 from edgellama.quantize.blocks import decode
 from edgellama.weights import ROPE_FACTORS, check_tensors, expected_shapes, model_config
 
@@ -80,11 +81,16 @@ class Source:
     kind: str  # "safetensors", "pytorch", "meta" or "gguf"
     config: ModelConfig  # checked against metadata and tensors
     metadata: dict[str, Any]  # GGUF keys to write: general.*, llama.*, tokenizer.*
-    tensors: dict[str, SourceTensor]  # by GGUF name, in the order to write
+    tensors: dict[str, SourceTensor]  # by GGUF name, in the order to write: the graph's
     rope_convention: Literal["half", "interleaved"]  # of the rows as `read` gives them
     notes: list[str]  # for the user: what was chosen, guessed or left out
     close: Callable[[], None] = field(repr=False)
     kinds: Mapping[str, str] = field(default_factory=dict)  # GGUF only: how a key was stored
+
+    def __post_init__(self) -> None:
+        used = [name for name in decoder(self.config).weights if name in self.tensors]
+        others = [name for name in self.tensors if name not in set(used)]
+        self.tensors = {name: self.tensors[name] for name in (*others, *used)}
 
     def __enter__(self) -> Self:
         return self
