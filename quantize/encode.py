@@ -23,7 +23,8 @@ Kernel = Callable[..., None]
 
 LANES = 16
 ROOM = 1 << 15  # bytes of memory a kernel works in
-PIECE = 1 << 18  # numbers a thread encodes at a time: 1 MB, which stays in cache
+PIECE = 1 << 20  # numbers a thread encodes at a time, at most: some milliseconds
+SMALLEST = 1 << 16  # and at least, for threads to pay
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -63,16 +64,21 @@ def encode(
         piece = slice(first, first + step)
         _encode_lanes(kernel, lanes[piece], target[piece], kind.block, weights)
 
-    step = max(1, PIECE // (LANES * max(1, lanes.shape[1]))) * LANES
-    starts = range(0, len(lanes), step)
+    piece_size = min(PIECE, max(SMALLEST, rows.size // (4 * max(1, threads))))
+    step = max(1, piece_size // (LANES * max(1, lanes.shape[1]))) * LANES
+    _spread(work, range(0, len(lanes), step), threads)
+    return out
+
+
+def _spread(work: Callable[[int], None], starts: range, threads: int) -> None:
+    """Call `work` for every start, in so many threads; kernels release the interpreter's lock."""
     if threads <= 1 or len(starts) <= 1:
         for first in starts:
             work(first)
-    else:
-        with ThreadPoolExecutor(threads, "edgellama-encode") as pool:
-            for _ in pool.map(work, starts):
-                pass
-    return out
+        return
+    with ThreadPoolExecutor(threads, "edgellama-encode") as pool:
+        for _ in pool.map(work, starts):
+            pass
 
 
 def _check(rows: Floats, type_name: str, importance: Floats | None) -> None:
