@@ -164,7 +164,7 @@ def _write(file: BinaryIO, streamer: Streamer, witness: Witness | None) -> int:
     writer = Writer(file, metadata, planned.tensors, kinds=source.kinds, reserved=reserved)
     with contextlib.closing(streamer.pieces()) as pieces:
         for piece in pieces:
-            writer.write(piece.data)
+            writer.write(piece.data.data)
             if piece.ends_tensor:
                 writer.end_tensor(piece.planned)
             if witness:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgellama.errors import ModelFormatError, shown
 from edgellama.ggml import BY_NAME
@@ -65,9 +64,9 @@ class Writer:
         self.n_bytes += sum(_padded(tensor.n_bytes) for tensor in tensors)
         file.write(head.ljust(_padded(len(head)), b"\0"))
 
-    def write(self, data: "bytes | NDArray[np.uint8]") -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """The next bytes of the tensor at hand."""
-        self._file.write(memoryview(data))
+        self._file.write(data)
 
     def end_tensor(self, tensor: PlannedTensor) -> None:
         """Pad to where the next tensor begins."""

@@ -113,7 +113,7 @@ def test_tensors_lie_where_the_table_says(tmp_path: Path) -> None:
         writer = Writer(stream, {"general.architecture": "llama"}, tensors)
         for tensor, raw in zip(tensors, data, strict=True):
             writer.write(raw[:5])
-            writer.write(np.frombuffer(raw[5:], np.uint8))
+            writer.write(np.frombuffer(raw[5:], np.uint8).data)
             writer.end_tensor(tensor)
         assert stream.tell() == writer.n_bytes
     with open_gguf(tmp_path / "a.gguf") as file:
