@@ -33,11 +33,12 @@ def run_quantize(
 ) -> None:
     cancel = CancelToken()
     with contextlib.closing(Bytes(terminal.quiet)) as display:
-        document = in_background(
+        document, last = in_background(
             lambda: _convert(terminal, display, source, output, choices, dry_run, cancel),
             cancel,
             idle=display.remind,
         )
+    terminal.note(last)
     if terminal.json:
         terminal.document(document)
 
@@ -50,18 +51,17 @@ def _convert(
     choices: Choices,
     dry_run: bool,
     cancel: CancelToken,
-) -> dict[str, Any]:
-    """Convert, and tell of it on the way; returns the document for --json."""
+) -> tuple[dict[str, Any], str]:
+    """Convert, and tell of it on the way; returns the document for --json, and a last remark."""
     from edgellama.quantize.convert import prepared
 
     asked = dataclasses.asdict(choices)
     with prepared(model_path(source), output, **asked) as job:
         _introduce(terminal, job, dry_run)
         if dry_run:
-            return _document(job, None)
+            return _document(job, None), f"{output} was not written"
         report = job.run(cancel, display.update)
-        terminal.note(closing(report))
-        return _document(job, report)
+        return _document(job, report), outcome(report)
 
 
 def _introduce(terminal: Terminal, job: "Job", dry_run: bool) -> None:
@@ -110,7 +110,7 @@ def table(plan: "Plan") -> str:
     return "".join(line.rstrip() + "\n" for line in (*lines, end))
 
 
-def closing(report: "Report") -> str:
+def outcome(report: "Report") -> str:
     peak = "unknown" if report.peak_bytes is None else f"{_mb(report.peak_bytes)} MB"
     return (
         f"{report.output}: {report.type}, {_mb(report.bytes)} MB, {report.bits_per_weight:.2f} "

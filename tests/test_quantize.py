@@ -1,7 +1,9 @@
 """Converting: what comes out, what is refused, and that an old output survives whatever happens."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -554,6 +556,28 @@ def test_command_refuses(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         said = capsys.readouterr()
         assert word in said.err and said.out == ""
     assert names_in(tmp_path) == []
+
+
+@posix
+def test_command_on_a_terminal(tmp_path: Path) -> None:
+    """A bar in bytes with the time that is left; once it has gone, the outcome."""
+    import pty
+
+    source, output = big_model(tmp_path / "big.gguf", 2**17), tmp_path / "out.gguf"
+    line = [sys.executable, "-m", "edgellama", "quantize", str(source), str(output)]
+    line += ["--type", "F32", "--certificate", "none"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(line, stderr=theirs, env={**os.environ, "COLUMNS": "120"}) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # the other end has been closed
+            while piece := os.read(ours, 4096):
+                said += piece
+    os.close(ours)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    assert re.search(r"quantizing .*% \d+\.\d/\d+\.\d MB \d\d:\d\d", text)
+    assert re.search(r"out\.gguf: F32, .* bits per weight, in .* s; peak memory", text)
 
 
 @posix
