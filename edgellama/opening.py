@@ -6,11 +6,11 @@ Knows nothing about operators or formats of weights.
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgellama.config import ModelConfig
 from edgellama.control import CancelToken, Progress
 from edgellama.errors import (
-    DeviceUnavailable,
     ModelConfigError,
     OutOfMemory,
     ParameterError,
@@ -26,7 +26,10 @@ from edgellama.runtimes.base import Options, Runtime
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 from edgellama.weights import check_tensors, model_config
 
-RUNTIMES = ("auto", "cpu", "reference", "llama.cpp")
+if TYPE_CHECKING:
+    from edgellama.runtimes.onnx_folder import OnnxFolder
+
+RUNTIMES = ("auto", "cpu", "onnx", "reference", "llama.cpp")
 CONTEXT_STEP = 256  # a context is a multiple of this
 MEMORY_SHARE = 0.8  # of what is available, for weights and cache together
 
@@ -42,17 +45,22 @@ def load(
     context: int | None = None,
     kv_type: str = "f16",
     dtype: str | None = None,
+    accuracy: int | None = None,
     deterministic: bool = False,
     cancel: CancelToken | None = None,
     progress: Progress | None = None,
 ) -> "Model":
-    """Load a model from a `.gguf` file, or by the name of one already pulled; never from a network.
+    """Load a model from a `.gguf` file, a folder that `edgellama quantize` made for ONNX Runtime,
+    or by the name of one already pulled; never from a network.
 
-    runtime: "cpu" (the default), "reference" (NumPy, slow) or "llama.cpp" (needs the extra).
+    runtime: "cpu" (the default for `.gguf`), "onnx" (for ONNX folders; a `.gguf` file is
+    transcoded into the cache once), "reference" (NumPy, slow) or "llama.cpp". "onnx" and
+    "llama.cpp" need extras of these names. device: "cpu", or for onnx "cuda".
     threads: None for the physical cores within affinity and cgroup quota.
     context: tokens a session can hold; None for the model's own, or what fits 80 % of the
     memory available, in steps of 256. kv_type: "f16", "f32" or "q8_0", how
-    keys and values are kept.
+    keys and values are kept (onnx on the CPU always keeps float32). accuracy: onnx on the CPU, 4
+    (the default) rounds activations to 8 bits, 0 computes in float32.
     dtype: reference only, "float32" or "float64". deterministic: cpu only; the same bits for
     any chunking, prefill or decode (this release's cpu runtime always gives them).
     progress: called with (done, total, what).
@@ -60,55 +68,88 @@ def load(
     Raises ModelFormatError, UnsupportedModelError, ModelConfigError, TokenizerError or
     NonFiniteError for the file; ParameterError, DeviceUnavailable, OutOfMemory, Cancelled.
     """
-    chosen = _check_choice(runtime, device, dtype, deterministic)
     if not isinstance(path, (str, os.PathLike)):
         raise ParameterError(f"path is {type(path).__name__}; allowed: str or os.PathLike")
+    chosen = _check_choice(runtime, device, dtype, deterministic, accuracy)
     file_path = model_path(os.fspath(path))
-    with open_gguf(file_path) as file:
+    folder = _onnx_folder(file_path, runtime, cancel, progress)
+    if folder is not None:
+        chosen = "onnx"
+    with open_gguf(file_path) if folder is None else folder.file as file:
         config = model_config(file)
         warnings = [*file.warnings, *check_tensors(file, config)]
         tokenizer = tokenizer_from_gguf(file.metadata, path=file_path)
         _check_vocabulary(tokenizer, config, file_path)
+        on_cpu = chosen == "onnx" and device != "cuda"
         options = Options(
-            context=_context(context, config, file, kv_type),
+            context=_context(context, config, file, "f32" if on_cpu else kv_type),
             threads=_threads(threads),
             kv_type=kv_type,
             dtype=dtype,
             deterministic=deterministic,
+            accuracy=accuracy,
+            device=device,
             cancel=cancel,
             progress=progress,
         )
         graph = decoder(config)
-        opened = _open_runtime(chosen, file, graph, options)
+        opened = _open_runtime(chosen, folder or file, graph, options)
         model = Model(file, graph, tokenizer, opened, options, warnings)
     for warning in model.info.warnings:
         _LOG.warning("%s: %s", file_path.name, warning)
     return model
 
 
-def _check_choice(runtime: str, device: str, dtype: str | None, deterministic: bool) -> str:
+def _onnx_folder(
+    path: Path, runtime: str, cancel: CancelToken | None, progress: Progress | None
+) -> "OnnxFolder | None":
+    """The checked folder, if the path is one for ONNX Runtime; None for anything else."""
+    foreign = path.suffix.lower() in (".onnx", ".ort")
+    if not foreign and not (path.is_dir() and any(path.glob("*.onnx"))):
+        return None
+    if path.is_file() and _is_gguf(path):  # whatever its name
+        return None
+    from edgellama.runtimes.onnx_folder import open_folder
+
+    if runtime not in ("auto", "onnx"):
+        problem = f"runtime = {runtime!r} runs .gguf files; this is for the onnx runtime"
+        raise ParameterError(problem, path=path, field="runtime", value=runtime, allowed="onnx")
+    return open_folder(path, cancel=cancel, progress=progress)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _check_choice(
+    runtime: str, device: str, dtype: str | None, deterministic: bool, accuracy: int | None
+) -> str:
     """The runtime to open; what cannot be had, or does not fit it, is refused."""
-    for name, value, missing in (("runtime", runtime, "onnx"), ("device", device, "cuda")):
-        if value == missing:
-            raise DeviceUnavailable(
-                f"{name} = {missing!r}: the ONNX runtime is not part of this release",
-                field=name,
-                value=value,
-            )
     require_choice("runtime", runtime, RUNTIMES)
-    require_choice("device", device, ("auto", "cpu"))
+    require_choice("device", device, ("auto", "cpu", "cuda"))
     chosen = "cpu" if runtime == "auto" else runtime
-    for name, wanted, owner in (
-        ("dtype", dtype is not None, "reference"),
-        ("deterministic", deterministic, "cpu"),
+    if device == "cuda" or (runtime == "auto" and accuracy is not None):
+        require_choice("runtime", runtime, ("auto", "onnx"))
+        chosen = "onnx"
+    owners = ("onnx",) if device == "cuda" else ("reference",)
+    for name, wanted, fitting in (
+        ("dtype", dtype is not None, owners),
+        ("deterministic", deterministic, ("cpu",)),
+        ("accuracy", accuracy is not None, ("onnx",)),
     ):
-        if wanted and chosen != owner:
-            raise ParameterError(f"{name} is for the {owner} runtime only", field=name)
+        if wanted and chosen not in fitting:
+            raise ParameterError(f"{name} is for the {fitting[0]} runtime only", field=name)
     return chosen
 
 
-def _open_runtime(name: str, file: GGUF, graph: Graph, options: Options) -> Runtime:
+def _open_runtime(name: str, file: "GGUF | OnnxFolder", graph: Graph, options: Options) -> Runtime:
     """Import only the runtime that is asked for; frozen apps need the literal names."""
+    if name == "onnx":
+        from edgellama.runtimes.ort import Ort
+
+        return Ort(file, graph, options)
+    assert isinstance(file, GGUF)
     if name == "reference":
         from edgellama.runtimes.reference import Reference
 

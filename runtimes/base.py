@@ -24,6 +24,8 @@ class Options:
     kv_type: str = "f16"
     dtype: str | None = None
     deterministic: bool = False
+    accuracy: int | None = None
+    device: str = "auto"
     cancel: CancelToken | None = None
     progress: Progress | None = None
 

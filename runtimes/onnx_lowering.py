@@ -1,0 +1,375 @@
+"""Lowering: from the decoder graph to an ONNX model that computes it.
+
+Values have the graph's names. Fused, products of one input are one, rotation happens inside the
+attention and an addition inside the norm after it; unfused, every node's value exists. Knows
+nothing about files, sessions or devices.
+
+Inputs: tokens int64 (1, t); rows int64 (r,); past int32 (1,), tokens in the cache, the new ones
+included, less 1; total int32 (), its size for the attention; cos and sin (positions, rope.dim / 2);
+keys.i and values.i (1, n_kv_heads, context, head_dim), which the outputs keys.i.new and
+values.i.new must share. Unfused also positions int64 (1, t). Output: float32 (1, r, vocab_size).
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edgellama.config import ModelConfig
+from edgellama.graph import Graph, Node
+from edgellama.runtimes import onnx_containers as containers
+from edgellama.runtimes.onnx_layout import QKV, Layout, Place
+from edgellama.runtimes.onnx_wire import (
+    DTYPES,
+    MICROSOFT,
+    Attribute,
+    Initializer,
+    OnnxModel,
+    OnnxNode,
+    ValueInfo,
+)
+
+DATA_FILE = "model.onnx.data"
+LOGITS = "output"
+ROTATED = 16  # the attention itself rotates heads and parts of heads of multiples of this only
+HEADS = 8  # it takes heads of multiples of this: others are padded with zeros
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a graph is lowered. `accuracy`: 4 rounds activations to 8 bits, 0 computes in float32."""
+
+    dtype: str = "float32"  # of activations, keys and values
+    accuracy: int = 4
+    fused: bool = True
+    shown: tuple[str, ...] = ()  # values of the graph to give as outputs
+
+
+def lower(graph: Graph, layout: Layout, manner: Manner) -> OnnxModel:
+    """The ONNX model of a graph whose weights lie as the layout says."""
+    lowering = _Lowering(graph, layout, manner)
+    lowering.inputs()
+    for node in graph.nodes:
+        lowering.emit(node)
+    lowering.outputs()
+    return lowering.model
+
+
+@dataclass
+class _Lowering:
+    graph: Graph
+    layout: Layout
+    manner: Manner
+    made: set[str] = field(default_factory=set)
+    waiting: dict[str, Node] = field(default_factory=dict)  # by output: done by a later node
+
+    def __post_init__(self) -> None:
+        self.model = OnnxModel(DATA_FILE)
+        self.config, self.dtype = self.graph.config, self.manner.dtype
+        fitting = self.config.head_dim % ROTATED == self.config.rope.dim % ROTATED == 0
+        self.rotates, self.width = self.manner.fused and fitting, cache_width(self.config)
+        self.producers = {node.output: node for node in self.graph.nodes}
+
+    # --- the model's rim ------------------------------------------------------------------------
+
+    def inputs(self) -> None:
+        c = self.config
+        info, half = self.model.inputs, c.rope.dim // 2
+        info.append(ValueInfo("tokens", "int64", (1, "t")))
+        if not self.rotates:
+            info.append(ValueInfo("positions", "int64", (1, "t")))
+        info.append(ValueInfo("rows", "int64", ("r",)))
+        info.append(ValueInfo("past", "int32", (1,)))
+        info.append(ValueInfo("total", "int32", ()))
+        info += [ValueInfo(name, self.dtype, ("positions", half)) for name in ("cos", "sin")]
+        info += [self._cache(name) for name in cache_names(c.n_layers)]
+
+    def outputs(self) -> None:
+        c, out = self.config, self.model.outputs
+        out.append(ValueInfo(LOGITS, "float32", (1, "r", c.vocab_size)))
+        out += [self._cache(new_name(name)) for name in cache_names(c.n_layers)]
+        for name in self.manner.shown:
+            if name != LOGITS:
+                out.append(ValueInfo(name, self.dtype, (1, "n", "width")))
+
+    def _cache(self, name: str) -> ValueInfo:
+        c = self.config
+        return ValueInfo(name, self.dtype, (1, c.n_kv_heads, "context", self.width))
+
+    # --- nodes ----------------------------------------------------------------------------------
+
+    def emit(self, node: Node) -> None:
+        """The ONNX nodes of a graph node, unless a later one does its work."""
+        fused = self.manner.fused
+        if fused and (
+            node.op == "add"
+            or (node.op == "rope" and self.rotates)
+            or (node.op == "linear" and node.output.endswith(QKV))
+        ):
+            self.waiting[node.output] = node
+            return
+        operator: Callable[[Node], None] = getattr(self, node.op)
+        operator(node)
+
+    def value(self, name: str) -> str:
+        """A value's name, its node emitted if it was waiting."""
+        node = self.waiting.pop(name, None)
+        if node is not None:
+            operator: Callable[[Node], None] = getattr(self, node.op)
+            operator(node)
+        return name
+
+    def node(
+        self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **kw: Attribute
+    ) -> str:
+        self.model.nodes.append(OnnxNode(op, tuple(inputs), tuple(outputs), kw, domain))
+        return outputs[0]
+
+    def embed(self, node: Node) -> None:
+        assert node.weight is not None
+        name, form = node.weight, self.layout.form(node.weight)
+        if form.bits == 0:
+            rows = self._constant([name], containers.VALUES, cast=False)
+            stored = self.layout.places[name, containers.VALUES].dtype
+            found = node.output if stored == self.dtype else node.output + ".stored"
+            self.node("Gather", [rows, "tokens"], [found])
+            if found != node.output:
+                self.node("Cast", [found], [node.output], to=DTYPES[self.dtype])
+            return
+        place = self.layout.places[name, containers.SCALES]
+        cubic = (*place.shape, 1)
+        kinds = (containers.SCALES, containers.ZERO_POINTS)
+        scales, zeros = (self._constant([name], kind, cubic) for kind in kinds)
+        codes = self._constant([name], containers.CODES)
+        blocks = self.node(
+            "GatherBlockQuantized",
+            [codes, "tokens", scales, zeros],
+            [node.output + ".blocks"],
+            MICROSOFT,
+            bits=form.bits,
+            block_size=form.block,
+            gather_axis=0,
+            quantize_axis=2,
+        )
+        if form.correction:
+            extra = self._constant([name], containers.CORRECTIONS, cubic)
+            gathered = self.node("Gather", [extra, "tokens"], [node.output + ".gathered"])
+            blocks = self.node("Add", [blocks, gathered], [node.output + ".corrected"])
+        self.node("Reshape", [blocks, self._shape(0, 0, self.config.dim)], [node.output])
+
+    def norm(self, node: Node) -> None:
+        assert node.weight is not None
+        weight, epsilon = self._constant([node.weight], containers.VALUES), self.config.norm_eps
+        add = self.waiting.pop(node.inputs[0], None)
+        if add is None:
+            self.node(
+                "SimplifiedLayerNormalization",
+                [self.value(node.inputs[0]), weight],
+                [node.output],
+                axis=-1,
+                epsilon=epsilon,
+                stash_type=1,
+            )
+            return
+        a, b = (self.value(name) for name in add.inputs)
+        outputs = [node.output, "", "", add.output]
+        self.node(
+            "SkipSimplifiedLayerNormalization", [a, b, weight], outputs, MICROSOFT, epsilon=epsilon
+        )
+
+    def linear(self, node: Node) -> None:
+        assert node.weight is not None
+        source, out = self.value(node.inputs[0]), node.output
+        if out != LOGITS or self.dtype == "float32":
+            self._product(source, [node.weight], out)
+            return
+        self._product(source, [node.weight], LOGITS + ".half")
+        self.node("Cast", [LOGITS + ".half"], [LOGITS], to=DTYPES["float32"])
+
+    def _product(self, source: str, weights: list[str], out: str) -> str:
+        """source @ rows of the weights, one behind the other."""
+        form = self.layout.form(weights[0])
+        if form.bits == 0:
+            matrix = self._constant(weights, containers.VALUES)
+            return self.node("FusedMatMul", [source, matrix], [out], MICROSOFT, transB=1)
+        codes = self.layout.joined(weights, containers.CODES)
+        kinds = [containers.CODES, containers.SCALES]
+        kinds += [containers.ZERO_POINTS] if form.zero_points else []
+        inputs = [source, *(self._constant(weights, kind) for kind in kinds)]
+        result = out + ".centred" if form.correction else out
+        rows, blocks, _ = codes.shape
+        self.node(
+            "MatMulNBits",
+            inputs,
+            [result],
+            MICROSOFT,
+            K=blocks * form.block,
+            N=rows,
+            bits=form.bits,
+            block_size=form.block,
+            accuracy_level=self.manner.accuracy,
+        )
+        if form.correction:
+            sums = self._block_sums(source, blocks, form.block)
+            extra = self._constant(weights, containers.CORRECTIONS)
+            part = out + ".correction"
+            self.node("FusedMatMul", [sums, extra], [part], MICROSOFT, transB=1)
+            self.node("Add", [result, part], [out])
+        return out
+
+    def _block_sums(self, source: str, blocks: int, width: int) -> str:
+        """(1, t, blocks): what a weight's corrections are multiplied by."""
+        name = f"{source}.sums{width}"
+        if name not in self.made:
+            self.made.add(name)
+            cut = self.node("Reshape", [source, self._shape(0, 0, blocks, width)], [name + ".cut"])
+            self.node("ReduceSum", [cut, self._shape(3)], [name], keepdims=0)
+        return name
+
+    def rope(self, node: Node) -> None:
+        c = self.config
+        self.node(
+            "RotaryEmbedding",
+            [self.value(node.inputs[0]), "positions", "cos", "sin"],
+            [node.output],
+            MICROSOFT,
+            interleaved=1,
+            num_heads=self._heads(node.output),
+            rotary_embedding_dim=0 if c.rope.dim == c.head_dim else c.rope.dim,
+        )
+
+    def attention(self, node: Node) -> None:
+        c, layer = self.config, node.layer
+        names = [f"keys.{layer}", f"values.{layer}"]
+        inputs = [*self._queries(node), *names, "past", "total"]
+        attributes: dict[str, Attribute] = {
+            "num_heads": c.n_heads,
+            "kv_num_heads": c.n_kv_heads,
+            "scale": c.head_dim**-0.5,
+        }
+        if self.rotates:
+            inputs += ["cos", "sin"]
+            attributes |= {"do_rotary": 1, "rotary_interleaved": 1}
+        if c.sliding_window is not None:
+            attributes["local_window_size"] = c.sliding_window
+        padded = self.width != c.head_dim
+        out = node.output + ".padded" if padded else node.output
+        outputs = [out, *map(new_name, names)]
+        self.node("GroupQueryAttention", inputs, outputs, MICROSOFT, **attributes)
+        if padded:
+            self._narrowed(out, node.output)
+
+    def _queries(self, node: Node) -> list[str]:
+        """Queries, keys, values; as one product's rows where the weights allow it."""
+        if not self.rotates:
+            names = [self.value(name) for name in node.inputs]
+            return names if self.width == self.config.head_dim else list(map(self._padded, names))
+        linears = [self._unrotated(name) for name in node.inputs]
+        for name in node.inputs:  # the attention will rotate them
+            if self.producers[name].op == "rope":
+                self.waiting.pop(name, None)
+        if not self._packable(linears):
+            return [self.value(n.output) for n in linears]
+        for n in linears:
+            self.waiting.pop(n.output)
+        name = node.output + "_qkv"
+        weights = [n.weight for n in linears if n.weight]
+        return [self._product(self.value(linears[0].inputs[0]), weights, name), "", ""]
+
+    def _packable(self, linears: list[Node]) -> bool:
+        """Whether products are rows of one."""
+        weights = [n.weight for n in linears if n.weight and n.op == "linear"]
+        one = len({n.inputs for n in linears}) == 1 and len(weights) == len(linears)
+        return one and self.layout.packable(weights)
+
+    def _heads(self, name: str) -> int:
+        return self.config.n_heads if "attn_q" in name else self.config.n_kv_heads
+
+    def _padded(self, name: str) -> str:
+        """Every head with zeros behind it: they add nothing to a product."""
+        size, width = self.config.head_dim, self.width
+        heads = self.node("Reshape", [name, self._shape(0, 0, -1, size)], [name + ".heads"])
+        pads = self._shape(0, 0, 0, 0, 0, 0, 0, width - size)
+        wide = self.node("Pad", [heads, pads], [name + ".wide"])
+        flat = self._shape(0, 0, self.width * self._heads(name))
+        return self.node("Reshape", [wide, flat], [name + ".padded"])
+
+    def _narrowed(self, name: str, out: str) -> None:
+        """Every head without the zeros."""
+        size, width = self.config.head_dim, self.width
+        heads = self.node("Reshape", [name, self._shape(0, 0, -1, width)], [name + ".heads"])
+        ends = [self._shape(0), self._shape(size), self._shape(3)]
+        cut = self.node("Slice", [heads, *ends], [name + ".cut"])
+        self.node("Reshape", [cut, self._shape(0, 0, self.config.q_dim)], [out])
+
+    def _unrotated(self, name: str) -> Node:
+        node = self.producers[name]
+        return self.producers[node.inputs[0]] if node.op == "rope" else node
+
+    def swiglu(self, node: Node) -> None:
+        gate, up = (self.value(name) for name in node.inputs)
+        if self.manner.fused:
+            gated = self.node("QuickGelu", [gate], [node.output + ".silu"], MICROSOFT, alpha=1.0)
+        else:
+            sigmoid = self.node("Sigmoid", [gate], [node.output + ".sigmoid"])
+            gated = self.node("Mul", [gate, sigmoid], [node.output + ".silu"])
+        self.node("Mul", [gated, up], [node.output])
+
+    def add(self, node: Node) -> None:
+        self.node("Add", [self.value(name) for name in node.inputs], [node.output])
+
+    def select(self, node: Node) -> None:
+        self.node("Gather", [self.value(node.inputs[0]), "rows"], [node.output], axis=1)
+
+    # --- constants ------------------------------------------------------------------------------
+
+    def _constant(
+        self,
+        weights: list[str],
+        part: str,
+        shape: tuple[int, ...] | None = None,
+        cast: bool = True,
+    ) -> str:
+        """The name of an array of the data file, in the activations' type if it is a number."""
+        place = self.layout.joined(weights, part)
+        name = ".".join([weights[0].removesuffix(".weight"), part])
+        if len(weights) > 1:
+            name += f".{len(weights)}"
+        if shape is not None:
+            name += f".{len(shape)}d"
+        self._external(name, place, shape or place.shape)
+        if place.dtype in ("uint8", self.dtype) or not cast:
+            return name
+        changed = f"{name}.{self.dtype}"
+        if changed not in self.made:
+            self.made.add(changed)
+            self.node("Cast", [name], [changed], to=DTYPES[self.dtype])
+        return changed
+
+    def _external(self, name: str, place: Place, shape: tuple[int, ...]) -> None:
+        if name not in self.made:
+            self.made.add(name)
+            tensor = Initializer(name, place.dtype, shape, offset=place.offset)
+            self.model.initializers.append(tensor)
+
+    def _shape(self, *sizes: int) -> str:
+        name = "shape." + ".".join(map(str, sizes))
+        if name not in self.made:
+            self.made.add(name)
+            data = struct.pack(f"<{len(sizes)}q", *sizes)
+            self.model.initializers.append(Initializer(name, "int64", (len(sizes),), data))
+        return name
+
+
+def cache_names(layers: int) -> list[str]:
+    """The inputs that are a session's cache."""
+    return [f"{kind}.{layer}" for layer in range(layers) for kind in ("keys", "values")]
+
+
+def cache_width(config: ModelConfig) -> int:
+    """Numbers that a position's keys or values of one head take."""
+    return -(-config.head_dim // HEADS) * HEADS
+
+
+def new_name(name: str) -> str:
+    """The output that a cache's input shares its memory with."""
+    return name + ".new"
