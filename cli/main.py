@@ -206,7 +206,7 @@ def quantize(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Convert a checkpoint to a GGUF file of fewer bits, or one GGUF file to another type."""
+    """Convert a checkpoint or a GGUF file to a GGUF file, or to an .onnx folder, of another type."""
     from edgellama.cli.quantize import Choices, run_quantize
 
     choices = Choices(type, importance, certificate, strict, threads)

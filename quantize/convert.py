@@ -1,4 +1,4 @@
-"""`quantize`: a checkpoint or a GGUF file becomes a GGUF file of another type.
+"""`quantize`: a checkpoint or a GGUF file becomes a GGUF file of another type, or an ONNX folder.
 
 Puts the parts together: what is read (`source.py`), which type each tensor gets (`plan.py`), the
 bytes (`stream.py`), the file (`writer.py`). The output appears whole or not at all.
@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -21,7 +21,6 @@ from edgellama.control import CancelToken, Progress
 from edgellama.errors import (
     OutputError,
     ParameterError,
-    UnsupportedModelError,
     require_choice,
     require_integer,
     shown,
@@ -29,6 +28,7 @@ from edgellama.errors import (
 from edgellama.machine import usable_cores
 from edgellama.measure import peak_bytes
 from edgellama.output import atomic_output
+from edgellama.quantize import onnx_target
 from edgellama.quantize.plan import Plan, plan, type_name
 from edgellama.quantize.source import Source, open_source
 from edgellama.quantize.stream import Importance, Piece, Streamer
@@ -81,6 +81,9 @@ def quantize(
 ) -> Report:
     """Convert a checkpoint folder or a GGUF file to a GGUF file of another type.
 
+    An output whose name ends in .onnx becomes a folder for ONNX Runtime; tensors that have their
+    planned type already are copied to the bit.
+
     `type` names one type or a mix (`plan.FILE_TYPES`), any case in. `importance` weights each
     column's errors: a file, or by tensor name float32 (columns,). With `strict`, tensors that
     would need a larger type than theirs are refused. `threads`: None for all cores. `progress` is
@@ -106,6 +109,10 @@ class Job:
     threads: int
     started: float
 
+    def with_importance(self, weights: Importance) -> "Job":
+        """The same job, which was prepared as `weighted`, with its weights of importance."""
+        return replace(self, importance=_importance(weights, self.source))
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know, in a sentence each."""
@@ -113,14 +120,17 @@ class Job:
 
     def run(self, cancel: CancelToken | None = None, progress: Progress | None = None) -> Report:
         """Write the output."""
-        _check_room(self.output, self.plan)
+        check_room(self.output, self.plan)
         witness = _witness(self.certificate, self.source, self.plan)
         watched = witness is not None
         how = self.threads, self.importance, watched, cancel, progress
-        with atomic_output(self.output) as file:
-            size = _write(file, Streamer(self.source, self.plan, *how), witness)
-            if cancel is not None:
-                cancel.check("the conversion")  # the last moment at which nothing has changed
+        streamer, notes = Streamer(self.source, self.plan, *how), self.notes
+        if onnx_target.is_onnx(self.output):
+            metadata = _metadata(self.source, self.plan)
+            size, more = onnx_target.write(self.output, streamer, metadata, witness)
+            notes = (*notes, *more)
+        else:
+            size = _written(self.output, streamer, witness)
         return Report(
             source=self.source.path,
             output=self.output,
@@ -130,7 +140,7 @@ class Job:
             bytes=size,
             seconds=time.monotonic() - self.started,
             peak_bytes=peak_bytes(),
-            notes=self.notes,
+            notes=notes,
         )
 
 
@@ -143,20 +153,37 @@ def prepared(
     certificate: str = "full",
     strict: bool = False,
     threads: int | None = None,
+    weighted: bool = False,
 ) -> Iterator[Job]:
-    """The arguments of `quantize`, checked; the source is open while the `with` lasts."""
+    """The arguments of `quantize`, checked; the source is open while the `with` lasts.
+
+    weighted: the plan reckons with weights of importance, which `with_importance` brings.
+    """
     started = time.monotonic()
     require_choice("certificate", certificate, CERTIFICATES)
     workers = usable_cores() if threads is None else require_integer("threads", threads, 1, 1024)
-    type_name(type)
+    full = type_name(type)
+    if onnx_target.is_onnx(Path(output)):
+        onnx_target.check_type(full)
     check_output(Path(source), Path(output))
     with open_source(source) as opened:
         weights = _importance(importance, opened)
-        planned = plan(opened, type, strict, importance=weights is not None)
+        planned = plan(opened, type, strict, importance=weighted or weights is not None)
+        if onnx_target.is_onnx(Path(output)):
+            planned = onnx_target.fitted(planned)
         yield Job(opened, Path(output), planned, weights, certificate, workers, started)
 
 
-def _write(file: BinaryIO, streamer: Streamer, witness: Witness | None) -> int:
+def _written(output: Path, streamer: Streamer, witness: Witness | None) -> int:
+    """Write a GGUF file; returns its size in bytes."""
+    with atomic_output(output) as file:
+        size = write_gguf(file, streamer, witness)
+        if streamer.cancel is not None:
+            streamer.cancel.check("the conversion")  # the last moment that changes nothing
+        return size
+
+
+def write_gguf(file: BinaryIO, streamer: Streamer, witness: Witness | None = None) -> int:
     """Write the whole file; returns its size in bytes."""
     source, planned = streamer.source, streamer.plan
     metadata = _metadata(source, planned)
@@ -238,18 +265,10 @@ def _other_model(problem: str, path: Path | None, allowed: str | None = None) ->
 def check_output(source: Path, output: Path) -> None:
     """Refuse an output that is the input, under whatever name, or of a kind not written here.
 
-    Raises ParameterError, UnsupportedModelError for an ONNX folder.
+    Raises ParameterError.
     """
-    if output.suffix.lower() == ".onnx":
-        raise UnsupportedModelError(
-            "ONNX folders cannot be written yet",
-            path=output,
-            field="output",
-            allowed="a name that ends in .gguf",
-            hint="Name an output that ends in .gguf",
-        )
-    if output.suffix.lower() != ".gguf":
-        allowed = "a name that ends in .gguf"
+    if output.suffix.lower() not in (".gguf", onnx_target.SUFFIX):
+        allowed = "a name that ends in .gguf or .onnx"
         problem = f"output = {shown(str(output))}; allowed: {allowed}"
         raise ParameterError(problem, field="output", value=str(output), allowed=allowed)
     try:
@@ -274,7 +293,7 @@ def _inputs(source: Path) -> Iterator[Path]:
         yield from source.parent.glob(f"{stem}-*-of-{count}.gguf")
 
 
-def _check_room(output: Path, planned: Plan) -> None:
+def check_room(output: Path, planned: Plan) -> None:
     """Refuse at once what cannot fit: the old output stays until the new one is whole."""
     try:
         free = shutil.disk_usage(output.resolve().parent).free

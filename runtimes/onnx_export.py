@@ -197,7 +197,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         _sweep(target.parent, stem)
         temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir()
         try:
             yield temporary
             _exchange(temporary, target)

@@ -31,7 +31,6 @@ from edgellama.errors import (
     NonFiniteError,
     OutputError,
     ParameterError,
-    UnsupportedModelError,
 )
 from edgellama.gguf import open_gguf
 from edgellama.quantize import Report, convert
@@ -323,8 +322,8 @@ def test_arguments_are_checked(models: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ParameterError):
             quantize(**({"source": source, "output": output, "type": "F16"} | wrong))
-    with pytest.raises(UnsupportedModelError, match="ONNX folders cannot be written yet"):
-        quantize(source, tmp_path / "out.onnx", "Q4_0")
+    with pytest.raises(ParameterError, match="K types cannot be written for ONNX Runtime"):
+        quantize(source, tmp_path / "out.onnx", "Q4_K")
     with pytest.raises(EdgeLlamaError, match="missing"):
         quantize(tmp_path / "missing.gguf", output, "F16")
     assert names_in(tmp_path) == []
@@ -548,7 +547,7 @@ def test_command_refuses(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ([source, output, "--type", "Q9"], 2, "type = 'Q9'"),
         ([source, output, "--type", "Q4_K", "--strict"], 2, "'token_embd.weight'"),
         ([source, source, "--type", "F16"], 2, "the output is the input"),
-        ([source, output[:-4] + "onnx", "--type", "Q4_0"], 1, "ONNX"),
+        ([source, output[:-4] + "onnx", "--type", "Q4_K"], 2, "ONNX"),
         ([str(tmp_path / "no.gguf"), output, "--type", "F16"], 1, "no such file"),
         ([source, output], 2, "--type"),
     ):
