@@ -10,7 +10,6 @@ this module writes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,13 @@ from numpy.typing import NDArray
 
 from edgellama import ggml
 from edgellama.ggml import HALVES
-from edgellama.quantize import packed
-from edgellama.quantize.packed import Packed
 from edgellama.runtimes import abi
 
 LANES = abi.LANES
 Bytes = NDArray[np.uint8]
+Words = NDArray[np.uint32]
 
-
-AT_ONCE = 1 << 18  # bytes of a file repacked together where there is something in between
+AT_ONCE = 1 << 19  # bytes of a file repacked together where there is something in between
 
 Interleave = Callable[[Bytes, Bytes], None]
 
@@ -84,62 +81,86 @@ def _plain(name: str, *, flip: int = 0) -> Interleave:
     return interleave
 
 
+# Codes of 1, 2 or 4 bits are fields of bytes, in the file and here. Words of four bytes come row
+# beside row first, (words, groups, blocks, 16): then the work is done on whole arrays.
+
+
+def _words(blocks: Bytes, start: int, stop: int) -> Words:
+    """Bytes start..stop-1 of every block, (words, groups, blocks, 16)."""
+    source = blocks[..., start:stop].view(np.uint32)  # (groups, 16, blocks, words)
+    return np.ascontiguousarray(source.transpose(3, 0, 2, 1))
+
+
+def _repeated(byte: int) -> np.uint32:
+    """A word of four times this byte."""
+    return np.uint32(byte * 0x0101_0101)
+
+
+def _exchange(low: Words, high: Words, shift: int, mask: int) -> None:
+    """Bits of `high` under the mask change places with those `shift` further left in `low`."""
+    different = low >> np.uint32(shift)
+    different ^= high
+    different &= np.uint32(mask)
+    high ^= different
+    different <<= np.uint32(shift)
+    low ^= different
+
+
+def _transpose_fields(words: Words, bits: int) -> None:
+    """words: (runs, 8 / bits, ...). Field i of a run's word j changes places with field j of i."""
+    runs, fields, step = len(words), words.shape[1], 1
+    while step < fields:
+        pairs = words.reshape(runs, fields // (2 * step), 2, step, *words.shape[2:])
+        mask = _repeated(255 // (2 ** (bits * step) + 1))  # every other `step` fields of a byte
+        _exchange(pairs[:, :, 0], pairs[:, :, 1], bits * step, int(mask))
+        step *= 2
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """`bits` bits of each of a K type's 256 codes, from byte `start` of the block on.
+
+    `shape`: of the words in the file. Runs; pieces of a run; words whose fields are transposed,
+    8 / bits; words that stay side by side.
+    """
+
+    start: int
+    bits: int
+    shape: tuple[int, int, int, int]
+
+    def put(self, blocks: Bytes, body: Bytes, at: int) -> int:
+        """Move it to body[..., at:], (groups, blocks, 8, bytes of a part); gives where it ends."""
+        runs, pieces, fields, side = self.shape
+        words = _words(blocks, self.start, self.start + 32 * self.bits)
+        _transpose_fields(words.reshape(runs * pieces, fields, side, *words.shape[1:]), self.bits)
+        end = at + LANES * 4 * self.bits
+        target = body[..., at:end].view(np.uint32)
+        target = target.reshape(*body.shape[:2], runs, fields, pieces, side, LANES)
+        target[...] = words.reshape(*self.shape, *words.shape[1:]).transpose(4, 5, 0, 2, 1, 3, 6)
+        return end
+
+
+# Four exchanges move bit 4k + j of a word, that of column 4k + j, to bit 8j + k.
+_COLUMNS_TO_PLACES = ((14, 0xCCCC), (7, 0xAA00AA), (2, 0xC0C0C0C), (1, 0x22222222))
+
+
 def _five_bits(name: str) -> Interleave:
     """Q5_0 and Q5_1: nibbles as in the file, and a plane of fifth bits."""
+    start = 2 * len(HALVES[name])
 
     def interleave(blocks: Bytes, out: Bytes) -> None:
-        at, start = _put_halves(out, blocks, HALVES[name]), 2 * len(HALVES[name])
-        high, low = blocks[..., start : start + 4], blocks[..., start + 4 :]
-        at = _put(out, at, low, np.uint32)
-        fifth = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
-        _put(out, at, _bits(fifth, 0), np.uint32)
+        at = _put_halves(out, blocks, HALVES[name])
+        at = _put(out, at, blocks[..., start + 4 :], np.uint32)
+        (bits,) = _words(blocks, start, start + 4)
+        for shift, mask in _COLUMNS_TO_PLACES:
+            _exchange(bits, bits, shift, mask)
+        out[..., at:].view(np.uint32)[...] = bits
 
     return interleave
 
 
-# Planes: the codes of 32 columns, (..., 32), in the bytes of a row that `_put` then moves. They are
-# made of eight codes at a time, as a word of 64 bits.
-
-
-def _words(codes: Bytes) -> NDArray[np.uint64]:
-    return np.ascontiguousarray(codes).view("<u8")  # (..., 4)
-
-
-def _repeated(byte: int) -> np.uint64:
-    """A word of eight times this byte."""
-    return np.uint64(byte * 0x0101_0101_0101_0101)
-
-
-def _folded(words: NDArray[np.uint64], shift: int) -> NDArray[np.uint64]:
-    """The upper half of a word or-ed into its lower one, this much further left in each byte."""
-    return words & np.uint64(0xFFFF_FFFF) | words >> np.uint64(32) << np.uint64(shift)
-
-
-def _nibbles(codes: Bytes) -> Bytes:
-    """16 bytes: columns 0..15 in the low halves, 16..31 in the high ones."""
-    four = _words(codes) & _repeated(15)
-    joined: NDArray[np.uint64] = four[..., :2] | four[..., 2:] << np.uint64(4)
-    return joined.view(np.uint8)
-
-
-def _bits(codes: Bytes, place: int) -> Bytes:
-    """4 bytes of one bit of the codes; see `pieces_quants.add_bits`."""
-    bits = _words(codes) >> np.uint64(place) & _repeated(1)
-    joined = bits[..., 0]
-    for i in (1, 2, 3):
-        joined = joined | bits[..., i] << np.uint64(2 * i)
-    return _folded(joined, 1).astype("<u4")[..., None].view(np.uint8)
-
-
-def _pairs(codes: Bytes, place: int) -> Bytes:
-    """8 bytes of two bits of the codes; see `pieces_quants.load_pairs`."""
-    pairs = _words(codes) >> np.uint64(place) & _repeated(3)
-    joined = pairs[..., 0::2] | pairs[..., 1::2] << np.uint64(4)  # (..., 2)
-    return _folded(joined, 2).astype("<u4").view(np.uint8)
-
-
 def _k_layout(
-    name: str, part: int, unpack: Callable[[Bytes], Packed], *planes: Callable[[Bytes], Bytes]
+    name: str, part: int, scales: Callable[[Bytes], Sequence[Words]], *planes: _Plane
 ) -> Layout:
     """K types: 16 f16 a scale, then eight parts of 32 columns of `part` bytes each.
 
@@ -149,28 +170,51 @@ def _k_layout(
 
     def interleave(blocks: Bytes, out: Bytes) -> None:
         _put_halves(out, blocks, HALVES[name])
-        shape = (*blocks.shape[:3], 8, -1)  # (groups, 16, n, parts, of each)
-        integers = unpack(blocks.reshape(-1, blocks.shape[-1]))
         body = out[..., header:].reshape(*out.shape[:2], 8, part)
         at = 0
-        for small in _small(integers):
-            at = _put(body, at, small.reshape(shape), np.uint8)
-        codes = integers.codes.reshape(shape)
+        for small in scales(blocks):
+            at = _put_small(small, body, at)
         for plane in planes:
-            at = _put(body, at, plane(codes), np.uint32)
+            at = plane.put(blocks, body, at)
 
     return Layout(256, header + 8 * part, abi.Q8_RECORD, interleave, 8, AT_ONCE)
 
 
-def _small(integers: Packed) -> list[Bytes]:
-    """Sub-blocks' scales and minima as bytes; where both fit four bits, in one."""
-    assert integers.scales is not None
-    scales = integers.scales.view(np.uint8)
-    if integers.minima is None:
-        return [scales]
-    if scales.shape[1] == 16:
-        return [scales | integers.minima << np.uint8(4)]
-    return [scales, integers.minima]
+def _put_small(words: Words, body: Bytes, at: int) -> int:
+    """Sub-blocks' bytes, four a word, to body[..., at:]; gives where they end."""
+    n = len(words)
+    each = n // 2  # of a part
+    end = at + each * LANES
+    four = words.view(np.uint8).reshape(*words.shape, 4 // each, each)
+    target = body[..., at:end].reshape(*body.shape[:2], n, 4 // each, each, LANES)
+    target[...] = four.transpose(1, 2, 0, 4, 5, 3)
+    return end
+
+
+def _bytes_at(start: int) -> Callable[[Bytes], Sequence[Words]]:
+    """16 bytes as in the file: Q6_K's scales; Q2_K's scales and minima, four bits of each."""
+    return lambda blocks: [_words(blocks, start, start + 16)]
+
+
+def _scales_and_minima(blocks: Bytes) -> Sequence[Words]:
+    """Q4_K and Q5_K: 8 scales and 8 minima of 6 bits; the last four of each are in pieces."""
+    scales, minima, rest = words = _words(blocks, 4, 16)
+    low, top = _repeated(0x0F), _repeated(0x30)
+    last_scales = rest & low | scales >> np.uint32(2) & top
+    last_minima = rest >> np.uint32(4) & low | minima >> np.uint32(2) & top
+    words[:2] &= _repeated(0x3F)
+    return np.stack([scales, last_scales]), np.stack([minima, last_minima])
+
+
+def _q3_k_scales(blocks: Bytes) -> Sequence[Words]:
+    """16 signed scales of 6 bits, 32 too high: 8 bytes hold the lower four bits, 4 the rest."""
+    *lower, upper = _words(blocks, 96, 108)
+    scales = np.empty((4, *upper.shape), np.uint32)
+    for i, words in enumerate(scales):
+        np.bitwise_and(lower[i % 2] >> np.uint32(i // 2 * 4), _repeated(0x0F), out=words)
+        words |= (upper >> np.uint32(2 * i) & _repeated(0x03)) << np.uint32(4)
+    scales.view(np.uint8)[...] -= np.uint8(32)
+    return [scales]
 
 
 def _floats(word: type[np.unsignedinteger[Any]], size: int) -> Layout:
@@ -182,6 +226,7 @@ def _floats(word: type[np.unsignedinteger[Any]], size: int) -> Layout:
     return Layout(columns, columns * LANES * size, abi.F32_RECORD, interleave)
 
 
+_BITS, _PAIRS, _NIBBLES, _NIBBLES_OF_TWO = (1, 1, 8, 1), (2, 2, 4, 1), (4, 1, 2, 4), (2, 2, 2, 4)
 LAYOUTS = {
     "Q4_0": Layout(32, 288, abi.Q8_RECORD, _plain("Q4_0")),
     "Q4_1": Layout(32, 320, abi.Q8_RECORD, _plain("Q4_1")),
@@ -189,11 +234,15 @@ LAYOUTS = {
     "Q5_0": Layout(32, 352, abi.Q8_RECORD, _five_bits("Q5_0"), at_once=AT_ONCE),
     "Q5_1": Layout(32, 384, abi.Q8_RECORD, _five_bits("Q5_1"), at_once=AT_ONCE),
     "IQ4_NL": Layout(32, 288, abi.Q8_RECORD, _plain("IQ4_NL")),
-    "Q2_K": _k_layout("Q2_K", 160, packed.q2_k, partial(_pairs, place=0)),
-    "Q3_K": _k_layout("Q3_K", 224, packed.q3_k, partial(_pairs, place=0), partial(_bits, place=2)),
-    "Q4_K": _k_layout("Q4_K", 288, packed.q4_k, _nibbles),
-    "Q5_K": _k_layout("Q5_K", 352, packed.q5_k, _nibbles, partial(_bits, place=4)),
-    "Q6_K": _k_layout("Q6_K", 416, packed.q6_k, _nibbles, partial(_pairs, place=4)),
+    "Q2_K": _k_layout("Q2_K", 160, _bytes_at(0), _Plane(16, 2, _PAIRS)),
+    "Q3_K": _k_layout("Q3_K", 224, _q3_k_scales, _Plane(32, 2, _PAIRS), _Plane(0, 1, _BITS)),
+    "Q4_K": _k_layout("Q4_K", 288, _scales_and_minima, _Plane(16, 4, _NIBBLES)),
+    "Q5_K": _k_layout(
+        "Q5_K", 352, _scales_and_minima, _Plane(48, 4, _NIBBLES), _Plane(16, 1, _BITS)
+    ),
+    "Q6_K": _k_layout(
+        "Q6_K", 416, _bytes_at(192), _Plane(0, 4, _NIBBLES_OF_TWO), _Plane(128, 2, _PAIRS)
+    ),
     "F16": _floats(np.uint16, 2),
     "BF16": _floats(np.uint16, 2),
     "F32": _floats(np.uint32, 4),

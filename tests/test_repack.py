@@ -1,10 +1,13 @@
 """Repacked weights: every bit of the file in its place, and zeros in the padding."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from checked import Array, any_bits, quantized
 
-from edgellama.ggml import BY_NAME, FLOATS
+from edgellama.ggml import BY_NAME, FLOATS, HALVES
+from edgellama.quantize import packed
 from edgellama.runtimes import abi, repack
 from edgellama.runtimes.repack import LAYOUTS, column_blocks, padded, repacked_bytes
 
@@ -122,3 +125,81 @@ def test_floats_lie_by_column(kind: str) -> None:
             inside = column < columns and row < 5
             expected = bytes(raw[row, column]) if inside else bytes(size)
             assert bytes(by_column[column, row]) == expected
+
+
+# --- what is taken apart, beside a slow twin ------------------------------------------------------
+
+PLANES = {  # bits of a code: nibbles, pairs and single bits, the lowest ones first
+    "Q5_0": (4, 1),
+    "Q5_1": (4, 1),
+    "Q2_K": (2,),
+    "Q3_K": (2, 1),
+    "Q4_K": (4,),
+    "Q5_K": (4, 1),
+    "Q6_K": (4, 2),
+}
+PLACES = {  # column -> (word of a row, bit of byte `column % 4`)
+    1: lambda column: (0, column // 4),
+    2: lambda column: (column // 16, column % 16 // 4 * 2),
+    4: lambda column: (column % 16 // 4, column // 16 * 4),
+}
+
+
+def planes(kind: str, codes: Array) -> bytes:
+    """Codes of (16 rows, 32 columns), one after the other put into their places."""
+    parts, shift = b"", 0
+    for bits in PLANES[kind]:
+        out = np.zeros((bits, 16, 4), np.uint8)  # (words of a row, rows, bytes)
+        for column in range(32):
+            word, place = PLACES[bits](column)
+            fields = codes[:, column] >> shift & (2**bits - 1)
+            out[word, :, column % 4] |= (fields << place).astype(np.uint8)
+        parts, shift = parts + out.tobytes(), shift + bits
+    return parts
+
+
+def integers(kind: str, blocks: Array) -> packed.Packed:
+    if kind in ("Q5_0", "Q5_1"):
+        start = 2 * len(HALVES[kind])
+        return packed.q5(blocks[:, start : start + 4], blocks[:, start + 4 :])
+    unpack: Callable[[Array], packed.Packed] = getattr(packed, kind.lower())
+    return unpack(blocks)
+
+
+def twin(kind: str, blocks: Array) -> bytes:
+    """One repacked block of 16 rows, (16, bytes of a block)."""
+    head = b"".join(blocks[:, at : at + 2].tobytes() for at in HALVES[kind])
+    whole = integers(kind, blocks)
+    small = [a.view(np.uint8) for a in (whole.scales, whole.minima) if a is not None]
+    if kind == "Q2_K":  # both fit one byte
+        small = [small[0] | small[1] << np.uint8(4)]
+    parts, n = [], BY_NAME[kind].block // 32
+    for part in range(n):
+        of_part = [a.reshape(16, n, -1)[:, part].T.tobytes() for a in small]
+        parts.append(b"".join(of_part) + planes(kind, whole.codes.reshape(16, n, 32)[:, part]))
+    return head + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+def test_codes_go_into_planes(kind: str) -> None:
+    """At every position of a piece large enough to be repacked in several steps."""
+    block, size = BY_NAME[kind].block, BY_NAME[kind].size
+    blocks = repack.AT_ONCE // 32 // size
+    raw = raw_of(kind, 48, blocks * block)  # one and a half times what is repacked at once
+    out = repacked(kind, raw, blocks * block)
+    of_file = raw.reshape(3, 16, blocks, size)
+    rng = np.random.default_rng(0)
+    for group in range(3):
+        for at in (0, 1, blocks - 1, *rng.integers(0, blocks, 5)):
+            assert out[group, at].tobytes() == twin(kind, of_file[group, :, at])
+
+
+@pytest.mark.parametrize("kind", PLANES)
+def test_every_bit_of_a_block_has_its_place(kind: str) -> None:
+    """Blocks of a single set bit, each in turn."""
+    size = BY_NAME[kind].size
+    alone = np.packbits(np.eye(size * 8, dtype=np.uint8), axis=1)  # (bits, size)
+    raw = np.concatenate([alone, np.zeros((-len(alone) % 16, size), np.uint8)])
+    out = repacked(kind, raw, BY_NAME[kind].block)
+    for group, blocks in enumerate(raw.reshape(-1, 16, size)):
+        assert out[group, 0].tobytes() == twin(kind, blocks)
