@@ -1,7 +1,7 @@
 """The decode loop: ids go in, a reply comes out token by token.
 
 Knows nothing about files, chat templates or what the session's cache held before; `model.py` takes
-care of those. Draws are made by `sampling.py`, stop strings found by `stop.py`.
+care of those. Draws are made by `sampler.py`, stop strings found by `stop.py`.
 """
 
 from collections import deque
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled, ContextOverflow, ParameterError
-from edgellama.sampling import Sampler, Sampling, checked_integer
+from edgellama.sampler import Sampler
+from edgellama.sampling import Sampling, checked_integer
 from edgellama.stop import StopMatcher, checked_stops
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class TextTokenizer(Protocol):
     eos: tuple[int, ...]
 
     def stream(self, *, continuing: bool = False) -> TextStream: ...
+    def token_bytes(self, token: int, /) -> bytes: ...
 
 
 class TextSession(Protocol):
@@ -60,6 +62,7 @@ class Usage:
     decode_seconds: float
     dropped_tokens: int = 0  # left out by the overflow policy that was asked for
     seed: int | None = None  # repeats the reply
+    mirostat_mu: float | None = None  # with mirostat: its state, from which a next reply goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def generate(
     limit = MOST_TOKENS
     if max_tokens is not None:
         limit = checked_integer("max_tokens", max_tokens, 0, MOST_TOKENS)
-    sampler = Sampler(sampling or Sampling(), tokenizer.vocab_size)
+    sampler = Sampler(sampling or Sampling(), tokenizer.vocab_size, tokenizer.token_bytes)
     stops = StopMatcher(checked_stops(stop))
     _check_room(session, len(ids), context)
     reply = _Reply(
@@ -142,7 +145,7 @@ class _Reply:
     ) -> None:
         self.session, self.sampler, self.stops = session, sampler, stops
         self.cancel, self.stream, self.ends = cancel, stream, frozenset(tokenizer.eos)
-        self.window = sampler.sampling.penalty_window if sampler.sampling.penalized else 0
+        self.window = sampler.sampling.window
         self.recent: deque[int] = deque(maxlen=self.window)
         self.prompt_tokens = self.reused_tokens = self.completion_tokens = self.dropped = 0
         self.prefill_seconds = self.decode_seconds = 0.0
@@ -234,4 +237,5 @@ class _Reply:
             decode_seconds=self.decode_seconds,
             dropped_tokens=self.dropped,
             seed=self.sampler.seed,
+            mirostat_mu=self.sampler.mu,
         )
