@@ -1,4 +1,4 @@
-"""What all tests share: the real model, where it has been pulled."""
+"""What all tests share: the real model, where it has been pulled; what the marker `gpu` means."""
 
 import os
 from pathlib import Path
@@ -19,3 +19,12 @@ def default_model() -> Path:
         return model_path(DEFAULT_MODEL)
     except EdgeLlamaError:
         pytest.skip("the default model is not here: `edgellama pull` fetches it")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` run where ONNX Runtime has really computed something on CUDA."""
+    if item.get_closest_marker("gpu"):
+        from gpu.provider import missing
+
+        if (why := missing("cuda")) is not None:
+            pytest.skip(f"CUDA cannot be used here: {why}")

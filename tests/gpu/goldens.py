@@ -2,39 +2,47 @@
 
 import datetime
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accuracy import TEXT, kept
-from gpu import fixtures, models, precision
-from gpu.decoder import Decoder
 from make_llamacpp_fixture import sha256
 
 from edgellama.distance import log_probabilities
+from gpu import fixtures, models, precision
+from gpu.decoder import Decoder
+from gpu.parts import Given, Row, Skip, Task
 
 AGREE = 1e-9  # NMSE of the second opinion: float32 arithmetic in another order
 
 
-def make(folder: Path, device: str, default_model: Path | None) -> dict[str, Any]:
-    """Write tiny.npz and default.npz; returns what they say about themselves."""
-    proof = precision.prove(device)
-    about = provenance(device) | proof
-    made = {"tiny": _tiny(folder, device, about)}
-    if default_model is not None:
-        made["default"] = _default(folder, device, about, default_model)
-    return made
+def tasks(given: Given) -> Iterator[Task]:
+    """Write tiny.npz and default.npz to the folder `golden` of the results."""
+    golden, models_at = Path(given.out) / "golden", Path(given.scratch)
+
+    def tiny() -> Row:
+        return _tiny(golden, models_at, given.device)
+
+    def default() -> Row:
+        if not given.model:
+            raise Skip("the default model is not here: `edgellama pull` fetches it")
+        return _default(golden, given.device, Path(given.model))
+
+    yield {"model": "six tiny ones"}, tiny
+    yield {"model": "the default one"}, default
 
 
-def _tiny(folder: Path, device: str, about: dict[str, Any]) -> dict[str, Any]:
+def _tiny(folder: Path, models_at: Path, device: str) -> Row:
+    about = provenance(device) | precision.prove(device)
     arrays, hashes, second = {}, {}, Opinions()
     for name in models.TINY:
         ids = models.ids(name)
         arrays[f"{name}.ids"] = np.array(ids, np.uint16)
         for kind in models.KINDS:
-            path = models.write(folder / "models", name, kind)
+            path = models.write(models_at, name, kind)
             source = Decoder(path, device)
             logits = source.logits(ids)
             second.ask(f"{name}.{kind}", source, ids, logits)
@@ -46,11 +54,13 @@ def _tiny(folder: Path, device: str, about: dict[str, Any]) -> dict[str, Any]:
     return about
 
 
-def _default(folder: Path, device: str, about: dict[str, Any], path: Path) -> dict[str, Any]:
+def _default(folder: Path, device: str, path: Path) -> Row:
+    about = provenance(device) | precision.prove(device)
     ids, second = models.text_ids(path), Opinions()
     source = Decoder(path, device)
     logits = source.logits(ids)
     second.ask("default", source, ids, logits)
+    assert logits.shape[-1] <= 2**16, "ids are kept as uint16"
     likeliest, logprobs = kept(log_probabilities(logits))
     arrays = {"tokens": np.array(ids, np.uint16), "ids": likeliest.astype(np.uint16)}
     arrays["logprobs"] = logprobs

@@ -11,9 +11,10 @@ import numpy as np
 from accuracy import POSITIONS, TEXT
 from tiny import tiny_config, write_tiny
 
-import edgellama
 from edgellama.config import ModelConfig, Rope
+from edgellama.gguf import open_gguf
 from edgellama.rope import llama3_factors
+from edgellama.tokenizer import tokenizer_from_gguf
 
 SEED = 5
 LENGTH = 200  # tokens of a tiny model: more than any chunk of 64 or 128
@@ -71,8 +72,9 @@ def rows(kind: str) -> tuple[int, ...]:
 
 def text_ids(path: Path) -> list[int]:
     """The fixed English text as tokens of the default model."""
-    with edgellama.load(path, context=POSITIONS) as model:
-        return model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:POSITIONS]
+    with open_gguf(path) as file:
+        tokenizer = tokenizer_from_gguf(file.metadata, path=path)
+    return tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:POSITIONS]
 
 
 def weights_sha256(path: Path) -> str:

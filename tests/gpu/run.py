@@ -1,0 +1,77 @@
+"""Parity and speed on a CUDA machine, in one command; docs/gpu.md explains it.
+
+    python tests/gpu/run.py [--out DIR] [--quick] [--device cuda|cpu] [--model FILE.gguf]
+
+Writes results.json, table.md and golden/*.npz to DIR; the table goes to stdout too. Exit status 0
+when everything ran and is within its bounds, else 1.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[2]
+sys.path[0:1] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]  # not this folder: `gpu.` names it
+
+from gpu import parts, report  # noqa: E402
+from gpu.parts import Given  # noqa: E402
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--part"]:
+        parts.work(sys.argv[2], sys.argv[3])
+        return 0
+    given = _arguments()
+    out, model = given.out.resolve(), _model(given.model)  # before the cache is moved
+    out.mkdir(parents=True, exist_ok=True)
+    ends, left = time.time() + given.minutes * 60, sum(part.seconds for part in parts.PARTS)
+    results = report.header(given.device, given.quick)
+    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+        os.environ["EDGELLAMA_CACHE"] = str(Path(scratch) / "cache")
+        for part in parts.PARTS:
+            seconds, left = part.seconds, left - part.seconds
+            if not given.parts or part.name in given.parts:
+                share = max(seconds, ends - time.time() - left)  # what others left over too
+                until = min(ends, time.time() + share)
+                told = Given(given.device, str(out), scratch, model, given.quick, until)
+                print(f"{part.name} ...", file=sys.stderr, flush=True)
+                results["parts"][part.name] = parts.start(part, told, HERE)
+            report.write(out, results)
+    print(report.table(results))
+    return 0 if report.good(results) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, one small model")
+    parser.add_argument("--model", type=Path, help="the default model's file; else as pulled")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything together")
+    parser.add_argument("--folder", type=Path, help="where models are written: up to 20 GB")
+    names = [part.name for part in parts.PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, help="only these")
+    return parser.parse_args()
+
+
+def _model(chosen: Path | None) -> str:
+    """The default model's file, or "" where there is none."""
+    from edgellama.errors import EdgeLlamaError
+    from edgellama.paths import DEFAULT_MODEL, model_path
+
+    if chosen is not None:
+        return str(chosen.resolve())
+    if "EDGELLAMA_TEST_MODEL" in os.environ:
+        return os.environ["EDGELLAMA_TEST_MODEL"]
+    try:
+        return str(model_path(DEFAULT_MODEL))
+    except EdgeLlamaError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

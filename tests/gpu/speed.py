@@ -1,0 +1,176 @@
+"""Tokens per second and bytes of weights per second, beside the device's copy bandwidth.
+
+Models are synthetic: published shapes, random weights, written here from seeds. Speed does not
+depend on what weights say.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import synthetic
+import torch
+
+import edgellama
+from edgellama.gguf import open_gguf
+from edgellama.weights import model_config
+from gpu import bandwidth, provider
+from gpu.parts import Given, Row, Skip, Task
+
+ON_CUDA = (
+    ("llama-3.2-1b", "Q4_0"),
+    ("llama-2-7b", "Q4_0"),
+    ("llama-3-8b", "Q4_0"),
+    ("llama-3.2-1b", "Q8_0"),
+    ("llama-2-7b", "Q8_0"),
+    ("llama-3.2-1b", "F16"),
+)
+SMALL = (("smollm2-135m", "Q4_0"),)
+PROMPT, DECODED, PREFILLED = 16, 128, 512  # tokens; decoded ones on CUDA
+CONTEXT = 1024
+GREEDY = edgellama.Sampling(temperature=0)
+
+
+def tasks(given: Given) -> Iterator[Task]:
+    copied = bandwidth.copy_bandwidth(given.device)
+    yield {"subject": "copy, read and written"}, lambda: {"gb_per_second": copied / 1e9}
+    for shape, kind in ON_CUDA if given.device == "cuda" and not given.quick else SMALL:
+        subjects: dict[str, Callable[..., Row]] = {f"onnx {given.device}": _onnx}
+        if given.device == "cpu":
+            subjects["cpu"] = _cpu
+        subjects["llama.cpp"] = _llama_cpp
+        for name, measure in subjects.items():
+            labels = {"shape": shape, "type": kind, "subject": name}
+            yield labels, partial(measure, given, shape, kind, copied)
+        _path(given, shape, kind).unlink(missing_ok=True)
+        if kind == "Q4_0":
+            labels = {"shape": shape, "type": "float16", "subject": "torch"}
+            yield labels, partial(_torch, given, shape, copied)
+
+
+def _path(given: Given, shape: str, kind: str) -> Path:
+    return Path(given.scratch) / f"{shape}-{kind}.gguf"
+
+
+def _file(given: Given, shape: str, kind: str) -> tuple[Path, int]:
+    """The model, written if it is not there, and bytes of weights that one token reads."""
+    path = _path(given, shape, kind)
+    if not path.exists():
+        synthetic.write(path, shape, kind)
+    with open_gguf(path) as file:
+        config = model_config(file)
+        sizes = {name: info.n_bytes for name, info in file.tensors.items()}
+    embedding = 0 if config.tied_output else sizes["token_embd.weight"]  # one row of it is read
+    return path, sum(sizes.values()) - embedding
+
+
+def _rates(tokens: float, n_bytes: int, copied: float) -> Row:
+    """`tokens` per second as bytes per second, and as a share of the copy's."""
+    return {
+        "decode": tokens,
+        "weights_gb": n_bytes / 1e9,
+        "gb_per_second": tokens * n_bytes / 1e9,
+        "of_copy": tokens * n_bytes / copied,
+    }
+
+
+# --- edgellama -----------------------------------------------------------------------------------
+
+
+def _onnx(given: Given, shape: str, kind: str, copied: float) -> Row:
+    if (why := provider.missing(given.device)) is not None:
+        raise Skip(why)
+    return _edgellama(given, shape, kind, copied, {"runtime": "onnx", "device": given.device})
+
+
+def _cpu(given: Given, shape: str, kind: str, copied: float) -> Row:
+    return _edgellama(given, shape, kind, copied, {"runtime": "cpu"})
+
+
+def _edgellama(given: Given, shape: str, kind: str, copied: float, options: dict[str, Any]) -> Row:
+    path, n_bytes = _file(given, shape, kind)
+    free, began = _free(given), time.perf_counter()
+    with edgellama.load(path, context=CONTEXT, **options) as model:
+        loaded = time.perf_counter() - began
+        decoded = DECODED if given.device == "cuda" else DECODED // 4
+        list(model.generate([1] * PROMPT, GREEDY, max_tokens=decoded))  # warm: captures the graph
+        stepwise, session = [], model.session()
+        session.forward([1] * PROMPT)
+        for _ in range(decoded):
+            began = time.perf_counter()
+            session.forward([7])
+            stepwise.append(time.perf_counter() - began)
+        row = _rates(_generated(model, decoded), n_bytes, copied)
+        row["decode_by_forward"] = 1 / sorted(stepwise)[decoded // 2]
+        row["prefill"] = PREFILLED / bandwidth.median(
+            partial(_prefill, session), "cpu", times=3, warm=1
+        )
+        row["memory_gb"] = (free - _free(given)) / 1e9 if given.device == "cuda" else None
+    return row | {"load_seconds": loaded}
+
+
+def _generated(model: edgellama.Model, tokens: int) -> float:
+    """Greedy tokens per second: between the first and the last of `tokens`."""
+    times = [time.perf_counter() for _ in model.generate([1] * PROMPT, GREEDY, max_tokens=tokens)]
+    if len(times) < tokens // 2:
+        raise RuntimeError(f"the reply ended after {len(times)} tokens")
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _prefill(session: edgellama.Session) -> None:
+    session.truncate(0)
+    session.forward([5] * PREFILLED)
+
+
+def _free(given: Given) -> int:
+    return torch.cuda.mem_get_info()[0] if given.device == "cuda" else 0
+
+
+# --- what it is compared with --------------------------------------------------------------------
+
+
+def _torch(given: Given, shape: str, copied: float) -> Row:
+    if given.device != "cuda":
+        raise Skip("half precision is compared on CUDA only")
+    from gpu.torch_step import Step, captured
+
+    step = Step(synthetic.SHAPES[shape], "cuda", torch.float16, PROMPT + DECODED // 2)
+    try:
+        eager = bandwidth.median(step, "cuda")
+        graph = captured(step)
+        seconds = bandwidth.median(graph.replay, "cuda", times=DECODED)
+        row = _rates(1 / seconds, step.weight_bytes, copied)
+        return row | {"note": f"a captured graph; eager {1 / eager:.0f} tokens/s"}
+    finally:
+        del step
+        torch.cuda.empty_cache()
+
+
+def _llama_cpp(given: Given, shape: str, kind: str, copied: float) -> Row:
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise Skip(f"llama-cpp-python is not installed: {error}") from error
+    offloads = llama_cpp.llama_supports_gpu_offload()
+    if given.device == "cuda" and not offloads:
+        raise Skip(f"llama-cpp-python {llama_cpp.__version__} was built without CUDA")
+    path, n_bytes = _file(given, shape, kind)
+    layers = -1 if given.device == "cuda" else 0
+    model = llama_cpp.Llama(
+        str(path), n_gpu_layers=layers, n_ctx=CONTEXT, n_batch=PREFILLED, verbose=False
+    )
+    began = time.perf_counter()
+    model.eval([5] * PREFILLED)
+    prefill = PREFILLED / (time.perf_counter() - began)
+    model.reset()
+    model.eval([1] * PROMPT)
+    times = []
+    for _ in range(DECODED if given.device == "cuda" else DECODED // 4):
+        began = time.perf_counter()
+        model.eval([7])
+        times.append(time.perf_counter() - began)
+    model.close()
+    tokens = 1 / sorted(times)[len(times) // 2]
+    return _rates(tokens, n_bytes, copied) | {"prefill": prefill}
