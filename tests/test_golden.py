@@ -26,6 +26,7 @@ HALF = 2e-6  # NMSE of keys and values in half precision; measured: up to 3e-7
 SAME = 1e-9  # mean KL of the default model's float32 reference; measured: 2e-11
 FEW = 64  # positions of the default model for comparisons whose bounds are far above
 FLOATS = ("F32", "F16")
+LEVELS = {0: 1e-5, 4: 5e-3}  # of ONNX Runtime's accuracy: mean KL; measured: 2e-11 and 4e-3
 CASES = [(name, kind) for name in models.TINY for kind in models.KINDS]
 Written = Callable[[str, str], Path]
 
@@ -48,6 +49,16 @@ def default(default_model: Path) -> fixtures.Golden:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("golden")
     return lambda name, kind: models.write(folder, name, kind)
+
+
+@pytest.fixture
+def onnx(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """Options of the onnx runtime on the CPU; transcoded files go to a cache of their own."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    return {"runtime": "onnx", "device": "cpu"}
 
 
 def logits(path: Path, ids: list[int], **options: Any) -> np.ndarray:
@@ -129,6 +140,17 @@ def test_cpu(
     assert far(tiny, written(name, "F32"), name, "F32", kv_type="f16", **options) <= HALF
 
 
+@pytest.mark.parametrize("accuracy", LEVELS)
+@pytest.mark.parametrize("name", models.TINY)
+def test_onnx(
+    name: str, accuracy: int, tiny: fixtures.Golden, written: Written, onnx: dict[str, str]
+) -> None:
+    for kind in models.KINDS:
+        bound = EXACT if kind in FLOATS or accuracy == 0 else 2 * ROUNDED  # 6e-4
+        found = far(tiny, written(name, kind), name, kind, accuracy=accuracy, **onnx)
+        assert found <= bound, kind
+
+
 # --- the default model ---------------------------------------------------------------------------
 
 
@@ -154,6 +176,20 @@ def test_cpu_on_the_default_model(
     got = logits(default_model, ids, runtime="cpu", deterministic=deterministic)
     found = fixtures.from_likeliest(default.arrays, got)
     assert found["kl_mean"] <= 3e-3 and found["same_top"] >= 0.9, found  # 8e-4, 0.94
+
+
+@pytest.mark.parametrize(("accuracy", "bound"), LEVELS.items())
+def test_onnx_on_the_default_model(
+    accuracy: int,
+    bound: float,
+    default: fixtures.Golden,
+    default_model: Path,
+    onnx: dict[str, str],
+) -> None:
+    ids = default.arrays["tokens"].tolist()[:FEW]
+    got = logits(default_model, ids, accuracy=accuracy, **onnx)
+    found = fixtures.from_likeliest(default.arrays, got)
+    assert found["kl_mean"] <= bound and found["same_top"] >= (0.9 if accuracy else 1), found
 
 
 def test_another_text_is_far_from_the_default_models_goldens(
