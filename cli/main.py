@@ -18,6 +18,7 @@ import typer
 import edgellama
 from edgellama.cli import options
 from edgellama.cli.background import still_working
+from edgellama.cli.sampling import with_sampling
 from edgellama.cli.terminal import ReaderGone, Terminal, abandon_stdout, complain, prepare_streams
 from edgellama.errors import Cancelled, EdgeLlamaError, ParameterError
 from edgellama.paths import DEFAULT_MODEL
@@ -84,6 +85,7 @@ def info(
 
 
 @app.command("run")
+@with_sampling
 def _run(
     ctx: typer.Context,
     model: Model,
@@ -94,12 +96,6 @@ def _run(
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
     runtime: options.Runtime = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -117,6 +113,7 @@ def _run(
 
 
 @app.command()
+@with_sampling
 def chat(
     ctx: typer.Context,
     model: Annotated[
@@ -125,12 +122,6 @@ def chat(
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
     runtime: options.Runtime = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -200,17 +191,24 @@ def quantize(
     strict: options.Strict = False,
     dry_run: options.DryRun = False,
     importance: options.Importance = None,
+    calibrate: options.Calibrate = None,
+    importance_out: options.ImportanceOut = None,
     certificate: options.Certificate = "full",
+    report: options.Report = False,
+    text: options.ReportText = None,
+    chunks: options.Chunks = None,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Convert a checkpoint or a GGUF file to a GGUF file, or to an .onnx folder, of another type."""
+    """Convert a checkpoint or a GGUF file to another type, as .gguf or as an .onnx folder."""
+    from edgellama.cli.quality import Extras
     from edgellama.cli.quantize import Choices, run_quantize
 
     choices = Choices(type, importance, certificate, strict, threads)
-    run_quantize(ctx.obj, source, output, choices, dry_run=dry_run)
+    extras = Extras(calibrate, importance_out, report, text, chunks)
+    run_quantize(ctx.obj, source, output, choices, extras, dry_run=dry_run)
 
 
 @app.command()
@@ -227,6 +225,36 @@ def verify(
     from edgellama.cli.verify import show_verdict
 
     show_verdict(ctx.obj, file, runtime, threads)
+
+
+@app.command()
+def diff(
+    ctx: typer.Context,
+    file: Model,
+    other: Annotated[
+        str | None, typer.Argument(help="Another file of the same shape, for the second runtime.")
+    ] = None,
+    a: Annotated[str, typer.Option("--a", help="cpu, onnx or reference, for FILE.")] = "cpu",
+    b: Annotated[str, typer.Option("--b", help="The same, to compare with.")] = "onnx",
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A UTF-8 text to compute, up to 64 tokens.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0, show_default="rounding's", help="Largest NMSE."),
+    ] = None,
+    accuracy: Annotated[
+        int, typer.Option("--accuracy", help="Of onnx: 0 float32, 4 activations of 8 bits.")
+    ] = 0,
+    threads: options.Threads = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Name the first value of the decoder graph where two runtimes, or two files, part."""
+    from edgellama.cli.diff import Choices, show_difference
+
+    show_difference(ctx.obj, file, other, Choices(a, b, text, tolerance, accuracy, threads))
 
 
 def run(arguments: list[str]) -> int:

@@ -32,7 +32,7 @@ class Observer:
         inner = [p for p in self.program.packings if p.weights[0].startswith("blk.")]
         ends = [packing.instructions for packing in inner]
         self.steps = [
-            (_part(self.program, first, last), packing)
+            (part(self.program, first, last), packing)
             for first, last, packing in zip([0, *ends[:-1]], ends, inner, strict=True)
         ]
 
@@ -51,23 +51,25 @@ class Observer:
                 chunk = np.asarray(ids[start : start + OBSERVED.tokens], np.int64)
                 position = session.position
                 with self.model.turns.turn(cancel, "forward"):
-                    for part, packing in self.steps:
+                    for step, packing in self.steps:
                         session.position = position  # each part moves it on
-                        session._run(part, chunk, none, cancel)
-                        see(packing.weights, self._values(packing, len(chunk)))
+                        session._run(step, chunk, none, cancel)
+                        see(packing.weights, unpacked(self.program, packing, len(chunk)))
         except BaseException:
             session.position = before
             raise
 
-    def _values(self, packing: Packing, n_tokens: int) -> NDArray[np.float32]:
-        size = abi.F32_COLUMNS
-        eights = -(-packing.columns // size)
-        room = next(b for b in self.program.buffers if b.ctypes.data == packing.address)
-        packed = room.view(np.float32)[: eights * n_tokens * size].reshape(eights, n_tokens, size)
-        return packed.transpose(1, 0, 2).reshape(n_tokens, -1)[:, : packing.columns]
+
+def unpacked(program: Program, packing: Packing, n_tokens: int) -> NDArray[np.float32]:
+    """What was packed, float32 (tokens, columns): a view, until the program goes on."""
+    size = abi.F32_COLUMNS
+    eights = -(-packing.columns // size)
+    room = next(b for b in program.buffers if b.ctypes.data == packing.address)
+    packed = room.view(np.float32)[: eights * n_tokens * size].reshape(eights, n_tokens, size)
+    return packed.transpose(1, 0, 2).reshape(n_tokens, -1)[:, : packing.columns]
 
 
-def _part(program: Program, first: int, last: int) -> Program:
+def part(program: Program, first: int, last: int) -> Program:
     """Some of its instructions; all memory is the same."""
     counters = program.counters[first * abi.COUNTER_BYTES : last * abi.COUNTER_BYTES]
     return replace(program, words=program.words[first:last], counters=counters)

@@ -13,10 +13,11 @@ from edgellama.errors import EdgeLlamaError, OutputError
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.paths import cache_dir
+from edgellama.quantize.strict_json import read_json
 from edgellama.runtimes import onnx_containers as containers
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.loading import Loader
-from edgellama.runtimes.onnx_export import VERSION, FolderWriter, atomic_folder
+from edgellama.runtimes.onnx_export import MANIFEST, VERSION, FolderWriter, atomic_folder
 from edgellama.runtimes.onnx_folder import OnnxFolder, open_folder
 from edgellama.runtimes.onnx_layout import Layout
 from edgellama.weights import rope_factors
@@ -43,7 +44,8 @@ def transcoded(
     with atomic_folder(place) as folder:
         warnings = _transcode(file, graph, options, folder, how)
     for other in others:
-        shutil.rmtree(other, ignore_errors=True)  # of the same file, before it changed
+        if not _wanted(other, file.path.resolve(), how):
+            shutil.rmtree(other, ignore_errors=True)
     return open_folder(place, checksums=False), warnings
 
 
@@ -58,7 +60,8 @@ def _transcode(file: GGUF, graph: Graph, options: Options, folder: Path, how: st
                 writer.write(name, first, raw)
                 loader.give_back(raw)
         factors = rope_factors(file, graph.config)
-        writer.finish(file.metadata, file.kinds, factors, options.cancel)
+        source = os.fspath(file.path.resolve())
+        writer.finish(file.metadata, file.kinds, factors, options.cancel, source=source)
     finally:
         writer.close()
     return loader.warnings
@@ -73,7 +76,7 @@ def _named(options: Options) -> Options:
 
 
 def _place(file: GGUF, how: str) -> tuple[Path, list[Path]]:
-    """Where a file's folder lies, and what other folders there are of the same path."""
+    """Where a file's folder lies, and what other folders there are."""
     cache = cache_dir("models") / ".onnx"  # no model's name begins with a dot
     cache.mkdir(mode=0o700, exist_ok=True)
     path = file.path.resolve()
@@ -82,7 +85,17 @@ def _place(file: GGUF, how: str) -> tuple[Path, list[Path]]:
     identity = (status.st_size, status.st_mtime_ns, file.n_bytes, tensors, VERSION)
     stem = _digest(os.fspath(path), how)
     place = cache / f"{stem}-{_digest(repr(identity), how)}.onnx"
-    return place, [other for other in cache.glob(f"{stem}-*.onnx") if other != place]
+    return place, [other for other in cache.glob("*.onnx") if other != place]
+
+
+def _wanted(folder: Path, path: Path, how: str) -> bool:
+    """Whether a cached folder's file is still there; that of `path` itself has changed since."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        source = Path(str(manifest["source"]))
+        return (source, manifest["containers"]) != (path, how) and source.exists()
+    except (EdgeLlamaError, KeyError, OSError, ValueError):
+        return False
 
 
 def _digest(text: str, how: str) -> str:

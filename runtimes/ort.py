@@ -30,7 +30,14 @@ from edgellama.runtimes.base import Options
 from edgellama.runtimes.onnx_cache import transcoded
 from edgellama.runtimes.onnx_device import Device, bindings
 from edgellama.runtimes.onnx_folder import OnnxFolder
-from edgellama.runtimes.onnx_lowering import LOGITS, cache_names, cache_width, lower, new_name
+from edgellama.runtimes.onnx_lowering import (
+    LOGITS,
+    Manner,
+    cache_names,
+    cache_width,
+    lower,
+    new_name,
+)
 
 CHUNK = 256  # tokens computed at once
 ROWS = 64  # the same where every token's logits are wanted
@@ -42,11 +49,17 @@ _QUIET = 4  # of ONNX Runtime's log: its errors come as exceptions
 class Ort:
     """One model's weights in ONNX Runtime's hands."""
 
-    def __init__(self, source: GGUF | OnnxFolder, graph: Graph, options: Options) -> None:
+    def __init__(
+        self,
+        source: GGUF | OnnxFolder,
+        graph: Graph,
+        options: Options,
+        manner: Manner | None = None,
+    ) -> None:
         self.api, self.telemetry = bindings()
         self.device = Device.of(self.api, options)
         self.graph, self.options = graph, options
-        self.manner = self.device.manner(options)
+        self.manner = manner or self.device.manner(options)
         self.warnings: list[str] = []
         if isinstance(source, GGUF):
             how = self.device.containers

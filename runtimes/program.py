@@ -51,6 +51,7 @@ class Program:
     logits: NDArray[np.float32]  # (batch.tokens, padded vocabulary)
     buffers: list[NDArray[np.uint8]]
     packings: list[Packing]  # of an observed batch
+    written: dict[str, tuple[int, Place]]  # values of the graph: there after so many instructions
 
     @property
     def scratch_bytes(self) -> int:
@@ -132,14 +133,17 @@ def lower(
     names of `kernel_names` to addresses.
     """
     lowering = _Lowering(graph, matrices, vectors, kernels, cache, batch)
+    written = {}
     for node in graph.nodes:
         getattr(lowering, node.op)(node)
+        if node.op != "rope" and node.output in lowering.places:  # rotated later, in place
+            written[node.output] = (len(lowering.instructions), lowering.places[node.output])
     words = np.zeros((len(lowering.instructions), abi.INSTRUCTION_WORDS), np.int64)
     for row, instruction in zip(words, lowering.instructions, strict=True):
         row[: len(instruction)] = instruction
     counters = aligned(len(words) * abi.COUNTER_BYTES)
     logits, buffers = lowering.logits(), lowering.buffers
-    return Program(batch, words, counters, logits, buffers, lowering.packings)
+    return Program(batch, words, counters, logits, buffers, lowering.packings, written)
 
 
 def _bits(value: float) -> int:

@@ -178,6 +178,58 @@ def test_default_model(default_model: Path) -> None:
     assert divergence(p, log_probabilities(found)).mean() <= 5e-3
 
 
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def test_a_file_is_transcoded_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    def entries() -> dict[str, int]:
+        cache = Path(os.environ["EDGELLAMA_CACHE"]) / "models" / ".onnx"
+        return {f.name: f.stat().st_ino for f in cache.iterdir()}
+
+    def last(path: Path) -> np.ndarray:
+        with load(path) as model:
+            return model.session().forward([1, 2, 3])
+
+    path = write_tiny(tmp_path / "tiny.gguf", seed=1)
+    first = last(path)
+    before = entries()
+    np.testing.assert_array_equal(last(path), first)
+    assert entries() == before
+    write_tiny(path, seed=2)
+    assert nmse(first, last(path)) > 0.1
+    after = entries()
+    assert len(before.keys() - after.keys()) == 1 == len(after.keys() - before.keys())
+    path.unlink()
+    last(write_tiny(tmp_path / "other.gguf"))  # what nobody can ask for again goes
+    assert len(after.keys() - entries().keys()) == 1
+
+
+def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", seed=7)
+    with load(path) as model:
+        wanted = model.session().forward([1, 2, 3])
+    cache = Path(os.environ["EDGELLAMA_CACHE"]) / "models" / ".onnx"
+    newest = max(cache.iterdir(), key=lambda f: f.stat().st_mtime_ns)
+    (newest / "model.onnx").write_bytes(b"")
+    with load(path) as model:
+        np.testing.assert_array_equal(model.session().forward([1, 2, 3]), wanted)
+
+
+def test_transcoding_tells_of_progress(tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    path = write_tiny(tmp_path / "tiny.gguf", seed=8)
+    load(path, progress=lambda *report: told.append(report)).close()
+    assert {what for _, _, what in told} == {"preparing the model for ONNX Runtime"}
+    assert told[-1][0] == told[-1][1] and sorted(told) == told
+
+
+def test_not_finite_weights_are_refused(tmp_path: Path) -> None:
+    weights = {"blk.0.ffn_up.weight": np.full((96, 64), np.nan, np.float32)}
+    path = write_tiny(tmp_path / "nan.gguf", weights=weights)
+    with pytest.raises(edgellama.NonFiniteError, match=r"blk\.0\.ffn_up"):
+        load(path)
+
+
 # --- manners -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,143 @@
+"""`diff` names the first value where two runtimes part: clean where they agree, right where not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_weights, write_tiny
+
+import edgellama
+from edgellama.cli.main import run
+from edgellama.diff import EXACT, ROUNDED, diff
+from edgellama.graph import decoder
+
+CONFIG = tiny_config(n_layers=3)
+KINDS = ("F16", "Q4_0", "Q8_0")
+TEXT = "the and a then in on"
+
+
+def needs_onnx() -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `onnx`)")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("diff")
+    for kind in (*KINDS, "F32"):
+        write_tiny(folder / f"{kind}.gguf", CONFIG, kind, seed=2)
+    return folder
+
+
+def injected(folder: Path, kind: str, name: str, scale: float = 1.2) -> Path:
+    """The same model, one of whose weights is really another."""
+    weights = {name: tiny_weights(CONFIG, 2)[name] * np.float32(scale)}
+    return write_tiny(folder / f"{kind}-{name}.gguf", CONFIG, kind, seed=2, weights=weights)
+
+
+# --- where they agree ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_and_onnx_agree(models: Path, kind: str) -> None:
+    needs_onnx()
+    found = diff(models / f"{kind}.gguf", text=TEXT)
+    assert (found.a, found.b) == ("cpu", "onnx")
+    assert found.first is None and found.tolerance <= 5e-3
+    assert {node.stage for node in found.nodes} == {"unfused", "fused"}
+    unfused = [node.name for node in found.nodes if node.stage == "unfused"]
+    hidden = ("rope", "attn_output", "ffn_down")  # what the cpu runtime adds or keeps at once
+    names = [node.output for node in decoder(CONFIG).nodes]
+    assert unfused == [name for name in names if not name.endswith(hidden)]
+    assert set(found.unseen) == {name for name in names if name.endswith(hidden)}
+
+
+def test_onnx_shows_every_value(models: Path) -> None:
+    """Unfused all of them; fused all but what is folded into its neighbour."""
+    needs_onnx()
+    found = diff(models / "Q4_0.gguf", a="reference", text=TEXT)
+    names = [node.output for node in decoder(CONFIG).nodes]
+    assert found.first is None and found.unseen == () and found.tolerance == EXACT
+    unfused = [node.name for node in found.nodes if node.stage == "unfused"]
+    fused = [node.name for node in found.nodes if node.stage == "fused"]
+    assert unfused == names
+    gone = ("attn_q", "attn_k", "attn_v", "rope")
+    assert fused == [name for name in names if not name.endswith(gone)]
+
+
+def test_reference_and_cpu_need_no_onnx(models: Path) -> None:
+    found = diff(models / "Q8_0.gguf", a="reference", b="cpu", text=TEXT)
+    assert found.first is None and len(found.nodes) == 1 + 3 * 11 + 3
+    assert found.tolerance == ROUNDED["cpu"]
+    exact = diff(models / "F32.gguf", a="reference", b="cpu", text=TEXT)
+    assert exact.first is None and exact.tolerance == EXACT
+
+
+# --- where they part -----------------------------------------------------------------------------
+
+PLACES = [
+    ("blk.1.ffn_up", "blk.1.ffn_up"),
+    ("blk.2.attn_v", "blk.2.attn_v"),
+    ("blk.0.attn_output", "blk.0.attn_residual"),  # the cpu runtime adds it at once
+    ("blk.1.attn_norm", "blk.1.attn_norm"),
+    ("output_norm", "output_norm"),
+    ("token_embd", "token_embd"),
+]
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES)
+def test_an_error_is_reported_where_it_is(
+    models: Path, tmp_path: Path, name: str, place: str
+) -> None:
+    needs_onnx()
+    for kind in ("Q4_0", "F16"):
+        other = injected(tmp_path, kind, f"{name}.weight")
+        found = diff(models / f"{kind}.gguf", other, text=TEXT)
+        assert found.first is not None and found.first.stage == "unfused"
+        assert found.first.name == place
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_k", "blk.2.attn_output", "blk.0.ffn_down"])
+def test_onnx_alone_tells_every_place(models: Path, tmp_path: Path, name: str) -> None:
+    """A change of one part in a thousand is seen where arithmetic is exact."""
+    needs_onnx()
+    other = injected(tmp_path, "F32", f"{name}.weight", 1.001)
+    found = diff(models / "F32.gguf", other, a="reference", text=TEXT)
+    assert found.first is not None and found.first.name == name
+    assert found.before is not None and found.before.nmse <= EXACT
+
+
+def test_infinity_is_where_it_begins(models: Path, tmp_path: Path) -> None:
+    other = injected(tmp_path, "F32", "blk.1.ffn_gate.weight", 1e38)
+    found = diff(models / "F32.gguf", other, a="reference", b="cpu", text=TEXT)
+    assert found.first is not None and found.first.name == "blk.1.ffn_gate"
+
+
+# --- refusals, and the command -------------------------------------------------------------------
+
+
+def test_models_of_other_shape_are_refused(models: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other.gguf", tiny_config(n_layers=1))
+    with pytest.raises(edgellama.ParameterError, match="of different shape"):
+        diff(models / "F32.gguf", other, a="reference", b="cpu")
+
+
+def test_runtimes_that_show_nothing_are_refused(models: Path) -> None:
+    with pytest.raises(edgellama.ParameterError, match=r"a = 'llama\.cpp'; allowed: cpu, onnx"):
+        diff(models / "F32.gguf", a="llama.cpp")
+
+
+def test_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    pair = ["--a", "reference", "--b", "cpu", "--text", str(text)]
+    assert run(["diff", str(models / "F32.gguf"), *pair]) == 0
+    assert "reference and cpu agree in 37 values" in capsys.readouterr().out
+    other = str(injected(tmp_path, "F32", "blk.1.ffn_up.weight"))
+    assert run(["diff", str(models / "F32.gguf"), other, *pair]) == 1
+    assert "reference and cpu part at blk.1.ffn_up (unfused)" in capsys.readouterr().out
+    assert run(["diff", str(models / "F32.gguf"), other, *pair, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["agree"] is False and document["first"]["name"] == "blk.1.ffn_up"
+    assert document["nodes"][0] == {"name": "token_embd", "stage": "unfused", "nmse": 0.0}
+    assert run(["diff", str(models / "F32.gguf"), "--a", "tpu"]) == 2
