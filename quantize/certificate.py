@@ -77,7 +77,7 @@ class Certificate:
         return json.dumps(document, separators=(",", ":"))
 
 
-def checksum(data: "bytes | NDArray[np.uint8]") -> str:
+def checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:_SUM]
 
 
@@ -143,7 +143,7 @@ class Clerk:
 
     def see(self, piece: "Piece") -> None:
         assert piece.rows is not None
-        self._sums[piece.planned.name].update(piece.data)
+        self._sums[piece.planned.name].update(piece.data.data)
         if piece.first == 0:
             self._errors[piece.planned.name] = self._error(piece)
         self._forecast.see(piece.planned.name, piece.first, piece.rows)

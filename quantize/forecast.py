@@ -22,11 +22,11 @@ PIECE = 1 << 22  # weights of a tied head read at a time
 
 @dataclass
 class _Weights:
-    """What the reference's operators ask of a model."""
+    """A model of which one norm's weight is known at a time; see `reference.Decoded`."""
 
     graph: Graph
     rope_factors: list[float] | None
-    dtype: type[np.float32] = np.float32
+    dtype: Any = np.float32
     weights: dict[str, Array] = field(default_factory=dict)
 
 
@@ -52,7 +52,7 @@ class Forecast:
     def __init__(self, source: Source, prompts: Sequence[Sequence[int]]) -> None:
         self._source, graph = source, decoder(source.config)
         factors = source.tensors.get(ROPE_FACTORS)
-        self._model: Any = _Weights(graph, factors.read().tolist() if factors else None)
+        self._model = _Weights(graph, factors.read().tolist() if factors else None)
         session = HalfSplit if source.rope_convention == "half" else ReferenceSession
         self._sessions = [session(self._model) for _ in prompts]
         ends = np.cumsum([len(ids) for ids in prompts])
@@ -102,6 +102,7 @@ class Forecast:
 
     def _finish(self, node: Node) -> None:
         if node.op == "norm":
+            assert node.weight is not None
             self._model.weights = {node.weight: self._out}
             self._out = self._sessions[0].norm(node, self._values[node.inputs[0]])
         self._keep(node, self._out)

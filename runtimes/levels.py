@@ -84,9 +84,9 @@ def _tiles_permitted() -> bool:
     """
     try:
         number, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA
-        return (
-            sys.platform == "linux" and ctypes.CDLL(None).syscall(number, request, tile_data) == 0
-        )
+        if sys.platform != "linux":
+            return False
+        return bool(ctypes.CDLL(None).syscall(number, request, tile_data) == 0)
     except (OSError, AttributeError):
         return False
 

@@ -5,7 +5,7 @@ that dtype whatever `kv_type` says: an oracle rounds nothing. Knows nothing abou
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ class Reference:
 
     def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
         name = require_choice("dtype", options.dtype or "float32", DTYPES)
-        self.graph, self.options, self.dtype = graph, options, DTYPES[name]
+        self.graph, self.options = graph, options
+        self.dtype: Any = DTYPES[name]
         total = sum(file.tensors[weight].n_bytes for weight in graph.weights)
         loader = Loader(file, options, total)
         self.weights = {w: loader.array(w).astype(self.dtype, copy=False) for w in graph.weights}
@@ -53,10 +54,19 @@ class Reference:
         self.weights = {}
 
 
+class Decoded(Protocol):
+    """What the operators ask of a model."""
+
+    graph: Graph
+    dtype: Any  # np.float32 or np.float64
+    rope_factors: list[float] | None
+    weights: dict[str, Array]
+
+
 class ReferenceSession:
     """One conversation: keys and values by layer, each (positions, n_kv_heads, head_dim)."""
 
-    def __init__(self, model: Reference) -> None:
+    def __init__(self, model: Decoded) -> None:
         self.model, self.config = model, model.graph.config
         self.position, self.stopped = 0, False
         empty = np.zeros((0, self.config.n_kv_heads, self.config.head_dim), model.dtype)
