@@ -120,7 +120,8 @@ class ByteLevelBPE:
         tokens = self._vocab.of_type(USER_DEFINED)
         return Matcher(tokens) if tokens else None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continuing: bool = False) -> list[int]:
+        """`continuing` makes no difference: nothing is ever put before a text."""
         if not self._user_defined:
             return self._encode_between(text)
         ids, at = [], 0

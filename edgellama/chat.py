@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from edgellama.errors import EdgeLlamaError, ParameterError, TemplateError, shown
+from edgellama.messages import checked_messages, roles_of
 
 if TYPE_CHECKING:
     from edgellama.sandbox import Program
 
-ROLES = ("system", "user", "assistant", "tool")
 MOST_TEMPLATE = 2**20  # characters
-MOST_TEXT = 8 * 2**20  # characters in all messages
-MOST_VALUES = 100_000  # in all messages
-MOST_NESTED = 16
+TURN_ENDS = ("<step>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>")
 MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, reserved for inner use
 
 
@@ -33,6 +31,7 @@ class ChatTokenizer(Protocol):
 
     @property
     def special_texts(self) -> frozenset[str]: ...
+    def token_id(self, text: str, /) -> int | None: ...
     def encode_parts(self, parts: Iterable[tuple[str, bool]], /) -> list[int]: ...
 
 
@@ -42,6 +41,8 @@ class ChatTemplate:
     Nothing of `source` is looked at before the first rendering: a damaged template does not keep
     a model from continuing text.
     """
+
+    stops: tuple[str, ...] = ()  # unlike the formats in code, nothing is known of its texts
 
     def __init__(
         self,
@@ -73,6 +74,22 @@ class ChatTemplate:
 
     def render_checked(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         """`render` for messages that `checked_messages` has returned."""
+        text = self._rendered(messages, add_generation_prompt)
+        for at, message in enumerate(messages):
+            if message["role"] != "system" or message["content"].strip() in text:
+                continue
+            # Some templates change it, or take a switch out of it; then without it they differ.
+            without = [*messages[:at], message | {"content": ""}, *messages[at + 1 :]]
+            if self._rendered(without, add_generation_prompt) == text:
+                raise ParameterError(
+                    f"the chat template leaves the system message out; roles: {roles_of(messages)}",
+                    path=self.path,
+                    field="messages",
+                    hint="Put its text into the first user message",
+                )
+        return text
+
+    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         variables = {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
@@ -83,18 +100,9 @@ class ChatTemplate:
         }
         with self._lock:
             try:
-                text = self._program.render(variables, sum(map(len, _texts(messages))))
+                return self._program.render(variables, sum(map(len, _texts(messages))))
             except Exception as error:  # whatever a stranger's program may cause
                 raise self._explained(error, messages) from None
-        for message in messages:
-            if message["role"] == "system" and message["content"].strip() not in text:
-                raise ParameterError(
-                    f"the chat template leaves the system message out; roles: {_roles(messages)}",
-                    path=self.path,
-                    field="messages",
-                    hint="Put its text into the first user message",
-                )
-        return text
 
     @cached_property
     def _program(self) -> "Program":
@@ -106,6 +114,15 @@ class ChatTemplate:
 
         return Program(self.source, self._clock)
 
+    def encode(self, tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids of a conversation, up to where the model answers: see `encode_chat`."""
+        return encode_chat(self, tokenizer, messages)
+
+    def ends(self, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+        """The ids of tokens that the template writes behind a turn, beside `tokenizer.eos`."""
+        written = (name for name in TURN_ENDS if name in self.source)
+        return tuple(i for i in map(tokenizer.token_id, written) if i is not None)
+
     def _explained(self, error: Exception, messages: list[dict[str, Any]]) -> EdgeLlamaError:
         """The TemplateError for anything that compiling or rendering has raised."""
         from edgellama.sandbox import Refusal
@@ -113,7 +130,7 @@ class ChatTemplate:
         if isinstance(error, EdgeLlamaError):
             return error
         if isinstance(error, Refusal):
-            hint = f"The roles were: {_roles(messages)}"
+            hint = f"The roles were: {roles_of(messages)}"
             return self._error(f"it refuses the messages: {shown(error.args[0])}", hint)
         if isinstance(error, RecursionError | MemoryError):
             return self._error("it nests or calls itself too deeply")
@@ -143,66 +160,6 @@ def _token_text(metadata: Mapping[str, Any], name: str) -> str:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(tokens):
         return ""
     return tokens[index] if isinstance(tokens[index], str) else ""
-
-
-def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """A copy of the messages, made of plain dicts, lists, texts and numbers; or ParameterError."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise _wrong("messages", shown(messages), "a list of 1 or more messages")
-    count = _Count()
-    checked = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise _wrong(where, shown(message), "a mapping with role and content")
-        copy = count.copied(dict(message), where, 0)
-        if copy.get("role") not in ROLES:
-            raise _wrong(f"{where}['role']", shown(copy.get("role")), "one of " + ", ".join(ROLES))
-        if not isinstance(copy.get("content"), str):
-            raise _wrong(f"{where}['content']", shown(copy.get("content")), "text")
-        checked.append(copy)
-    return checked
-
-
-def _wrong(where: str, found: str, allowed: str) -> ParameterError:
-    problem = f"{where} is {found}; expected {allowed}"
-    return ParameterError(problem, field=where, value=found, allowed=allowed)
-
-
-def _roles(messages: list[dict[str, Any]]) -> str:
-    roles = [message["role"] for message in messages]
-    return ", ".join(roles if len(roles) <= 8 else [*roles[:8], "..."])
-
-
-class _Count:
-    """Copies plain JSON values, counting what they hold."""
-
-    def __init__(self) -> None:
-        self.characters = self.values = 0
-
-    def copied(self, value: Any, where: str, depth: int) -> Any:
-        self.values += 1
-        if depth > MOST_NESTED or self.values > MOST_VALUES:
-            allowed = f"at most {MOST_VALUES} values, {MOST_NESTED} levels deep"
-            raise _wrong(where, "too large", allowed)
-        if isinstance(value, str):
-            return self.text(value, where)
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, list | tuple):
-            return [self.copied(item, where, depth + 1) for item in value]
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {
-                self.text(key, where): self.copied(item, f"{where}[{key[:40]!a}]", depth + 1)
-                for key, item in value.items()
-            }
-        raise _wrong(where, type(value).__name__, "plain JSON: text, numbers, lists, dicts, None")
-
-    def text(self, value: str, where: str) -> str:
-        self.characters += len(value)
-        if self.characters > MOST_TEXT:
-            raise _wrong(where, "too long", f"at most {MOST_TEXT} characters in all messages")
-        return str(value)
 
 
 def encode_chat(

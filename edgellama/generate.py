@@ -94,6 +94,7 @@ def generate(
     history: Sequence[int] = (),
     dropped: int = 0,
     continuing: bool = True,
+    ends: Sequence[int] = (),
 ) -> Iterator[Chunk]:
     """Append `ids` to the session and sample a reply; arguments are checked at once.
 
@@ -101,8 +102,8 @@ def generate(
     in its cache, which the penalties look at; `dropped` goes into the usage. `continuing=False`
     drops the space that some tokenizers put before a text, as fits a chat's reply.
 
-    The reply ends with "stop" (an id of `tokenizer.eos`, never shown, or a stop string, cut off),
-    "length" (`max_tokens`; 0 only reads the prompt in), "context" (full) or "cancelled".
+    The reply ends with "stop" (an id of `tokenizer.eos` or `ends`, never shown, or a stop string,
+    cut off), "length" (`max_tokens`; 0 only reads the prompt in), "context" (full) or "cancelled".
 
     Wherever it ends, or the consumer leaves it, the cache holds the first `session.position` of
     history, `ids` and the chunks' tokens; the newest token is never in it.
@@ -123,6 +124,7 @@ def generate(
     )
     reply.recent.extend([*history[-reply.window :], *ids] if reply.window else ())
     reply.dropped = dropped
+    reply.ends |= frozenset(ends)
     return reply.chunks(list(ids), limit, context)
 
 

@@ -11,16 +11,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from edgellama.chat import ChatTemplate, encode_chat, template_from_gguf
+from edgellama.chat import ChatTemplate, template_from_gguf
 from edgellama.control import CancelToken
-from edgellama.errors import ForkedProcess, ParameterError, TemplateError, shown
+from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError, shown
+from edgellama.formats import ChatFormat
+from edgellama.formats_named import chosen_template
 from edgellama.generate import Chunk
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
+from edgellama.infill import infill_ids, infill_tokens
 from edgellama.runtimes.base import Options, Runtime
 from edgellama.sampling import Sampling
 from edgellama.session import Session
+from edgellama.stop import checked_stops
 from edgellama.tokenizer import Tokenizer
+
+FROM_FILE = "the file: its own template comes first"
+NO_TEMPLATE = "none: the file has no chat template, as base models have none"
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class ModelInfo:
     parameters: int
     context: int  # tokens a session holds
     model_context: int  # tokens the model was made for
-    template: str | None
-    template_source: str
+    template: str | None  # the chat template's text
+    template_source: str  # where it is from, and why it was chosen
     memory: dict[str, int]  # bytes by purpose
     warnings: list[str] = field(default_factory=list)
 
@@ -61,6 +68,7 @@ class Model:
         self._runtime: Runtime | None = runtime
         self._pid = os.getpid()
         self._template = template_from_gguf(file.metadata, file.path)
+        self._infill_tokens = infill_tokens(file.metadata, tokenizer)
         self.info = self._describe(file, options, [*warnings, *runtime.warnings])
 
     def _describe(self, file: GGUF, options: Options, warnings: list[str]) -> ModelInfo:
@@ -76,7 +84,7 @@ class Model:
             context=options.context,
             model_context=self.config.context_length,
             template=self._template.source if self._template else None,
-            template_source="the file" if self._template else "none: a base model",
+            template_source=FROM_FILE if self._template else NO_TEMPLATE,
             memory=self._runtime.memory(),
             warnings=warnings,
         )
@@ -148,7 +156,7 @@ class Model:
         messages: Sequence[Mapping[str, Any]],
         params: Sampling | None = None,
         *,
-        template: str | None = None,
+        template: str | ChatTemplate | ChatFormat | None = None,
         overflow: str = "error",
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
@@ -157,16 +165,23 @@ class Model:
     ) -> Iterator[Chunk]:
         """Answer the last message of a conversation; one Chunk a token.
 
-        messages: dicts with `role` and `content`. template: Jinja source instead of the file's.
-        Pass the same `session` for the next turn, and only new tokens are computed. Raises what
-        `generate` raises, and TemplateError if there is no template or it refuses.
+        messages: dicts with `role` and `content`. template, instead of the file's: the name of a
+        format, such as "llama-2" (all: `edgellama.formats_named.FORMATS`), or Jinja text. A
+        format's own stop texts end the reply as `stop` does. Pass the same `session` for the next
+        turn, and only new tokens are computed. Raises what `generate` raises, and TemplateError if
+        there is no template or it refuses.
         """
         if overflow != "error":
             raise ParameterError(f"overflow = {shown(overflow)}; allowed: error", field="overflow")
-        own = self._own(session)
-        ids = self.chat_ids(messages, template=template)
+        own, chosen = self._own(session), self._chosen(template)
         return own.generate(
-            ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, continuing=False
+            chosen.encode(self.tokenizer, messages),
+            params,
+            max_tokens=max_tokens,
+            stop=[*checked_stops(stop), *chosen.stops],
+            cancel=cancel,
+            continuing=False,
+            ends=chosen.ends(self.tokenizer),
         )
 
     def _own(self, session: Session | None) -> Session:
@@ -178,20 +193,77 @@ class Model:
         return session
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | ChatTemplate | ChatFormat | None = None,
     ) -> list[int]:
         """The ids of a conversation, ready for the model's next answer."""
-        chosen = self._template
+        return self._chosen(template).encode(self.tokenizer, messages)
+
+    def _chosen(
+        self, template: str | ChatTemplate | ChatFormat | None
+    ) -> ChatTemplate | ChatFormat:
+        """What was asked for, else the file's own; nothing is guessed."""
         if template is not None:
-            tokenizer = self.tokenizer
-            chosen = ChatTemplate(template, bos=tokenizer.bos_text, eos=tokenizer.eos_text)
-        if chosen is None:
+            return chosen_template(template, self.tokenizer)
+        if self._template is None:
             raise TemplateError(
                 "the file has no chat template: this is a base model, made to continue text",
                 path=self.info.path,
-                hint="Use generate (or `edgellama run --raw`), or pass a template",
+                hint="Use generate (or `edgellama run --raw`), or pass template= the format that "
+                "it was trained with",
             )
-        return encode_chat(chosen, self.tokenizer, messages)
+        return self._template
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        params: Sampling | None = None,
+        *,
+        suffix_first: bool = False,
+        max_tokens: int | None = None,
+        cancel: CancelToken | None = None,
+    ) -> str:
+        """The text between prefix and suffix, as it is to be inserted; Code Llama can do that.
+
+        suffix_first puts the suffix before the prefix in the prompt. Raises UnsupportedModelError
+        for a model without infilling tokens, Cancelled, and what `generate` raises.
+        """
+        chunks = list(
+            self.infill_chunks(
+                prefix,
+                suffix,
+                params,
+                suffix_first=suffix_first,
+                max_tokens=max_tokens,
+                cancel=cancel,
+            )
+        )
+        if chunks[-1].finish_reason == "cancelled":
+            raise Cancelled("infill was cancelled")
+        return "".join(chunk.text for chunk in chunks)
+
+    def infill_chunks(
+        self,
+        prefix: str,
+        suffix: str,
+        params: Sampling | None = None,
+        *,
+        suffix_first: bool = False,
+        max_tokens: int | None = None,
+        session: Session | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Iterator[Chunk]:
+        """`infill` as it comes, one Chunk a token; the last one says why it ended."""
+        tokens, own = self._infill_tokens, self._own(session)
+        ids = infill_ids(
+            tokens, self.tokenizer, prefix, suffix, suffix_first=suffix_first, path=self.info.path
+        )
+        assert tokens is not None
+        ends = [tokens.end]
+        return own.generate(ids, params, max_tokens=max_tokens, cancel=cancel, ends=ends)
 
     def agenerate(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> "AsyncChunks":
         """`generate` for asyncio; the event loop is never blocked."""

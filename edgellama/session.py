@@ -108,12 +108,13 @@ class Session:
         stop: Sequence[str] = (),
         cancel: CancelToken | None = None,
         continuing: bool = True,
+        ends: Sequence[int] = (),
     ) -> Iterator[Chunk]:
         """Continue a whole prompt of ids; what the cache already holds of it is not recomputed.
 
-        continuing=False starts a text of its own, as a chat's reply is. Raises what `forward`
-        raises, here; NonFiniteError while iterating, and ParameterError if the session was used
-        otherwise meanwhile.
+        continuing=False starts a text of its own, as a chat's reply is; `ends` are ids that end
+        the reply like the tokenizer's own. Raises what `forward` raises, here; NonFiniteError
+        while iterating, and ParameterError if the session was used otherwise meanwhile.
         """
         if params is not None and not isinstance(params, Sampling):
             raise ParameterError(f"params is {type(params).__name__}; allowed: Sampling")
@@ -136,6 +137,7 @@ class Session:
             cancel=cancel,
             history=history,
             continuing=continuing,
+            ends=ends,
         )
 
     def _shared(self, ids: list[int]) -> int:

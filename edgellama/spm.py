@@ -51,8 +51,9 @@ class SentencePiece:
         joined = "".join(map(re.escape, sorted(set(inside))))
         return re.compile(f"(?<=[^{SPACE}{joined}])(?={SPACE})")
 
-    def encode(self, text: str) -> list[int]:
-        text = self._normalized(text)
+    def encode(self, text: str, *, continuing: bool = False) -> list[int]:
+        """`continuing`: ids stand before, so no space is put in front."""
+        text = self._normalized(text, continuing)
         if not self._user_defined:
             return self._encode_between(text)
         ids, at = [], 0
@@ -62,11 +63,11 @@ class SentencePiece:
             at = end
         return ids + self._encode_between(text[at:])
 
-    def _normalized(self, text: str) -> str:
+    def _normalized(self, text: str, continuing: bool) -> str:
         if self._vocab.remove_extra_whitespaces:
             text = re.sub("  +", " ", text.strip(" "))
             text = text.rstrip(" " + SPACE)
-        if text and self._vocab.add_space_prefix:
+        if text and self._vocab.add_space_prefix and not continuing:
             text = " " + text
         return text.replace(" ", SPACE)
 

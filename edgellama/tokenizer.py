@@ -79,7 +79,9 @@ class Tokenizer:
     def _specials(self) -> Matcher:
         return Matcher(self._vocab.specials)
 
-    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, special: bool = False, bos: bool = False, continuing: bool = False
+    ) -> list[int]:
         """Token ids of `text`; `bos=True` puts the BOS id in front.
 
         Text that looks like a control token stays plain text, so that nobody can slip in the end
@@ -89,12 +91,17 @@ class Tokenizer:
         Bytes for which a byte-level vocabulary has no token are dropped: SmolLM2 lacks 21 of 256
         (control characters, and bytes of no or hardly any UTF-8 text).
 
+        `continuing=True` says that the text goes on from tokens that stand before it: no space is
+        put in front (SentencePiece; byte-level vocabularies never put one).
+
         Raises ParameterError if `text` is no str or holds a lone surrogate (as from
         `os.fsdecode`), or for `bos=True` without a BOS token.
         """
-        return self.encode_parts([(text, special)], bos=bos)
+        return self.encode_parts([(text, special)], bos=bos, continuing=continuing)
 
-    def encode_parts(self, parts: Iterable[tuple[str, bool]], *, bos: bool = False) -> list[int]:
+    def encode_parts(
+        self, parts: Iterable[tuple[str, bool]], *, bos: bool = False, continuing: bool = False
+    ) -> list[int]:
         """Token ids of the parts joined, as `encode` gives them; each part is (text, special).
 
         Special tokens are recognised inside the parts that say so and nowhere else: a chat can
@@ -109,11 +116,11 @@ class Tokenizer:
         text, at, passed = "".join(part for part, _ in parts), 0, 0
         for part, special in parts:
             for start, end, token in self._find_specials(part) if special else ():
-                ids += self._text.encode(text[at : passed + start])
+                ids += self._text.encode(text[at : passed + start], continuing=continuing)
                 ids.append(token)
-                at = passed + end
+                at, continuing = passed + end, False
             passed += len(part)
-        return ids + self._text.encode(text[at:])
+        return ids + self._text.encode(text[at:], continuing=continuing)
 
     def _find_specials(self, text: str) -> Iterator[tuple[int, int, int]]:
         """(start, end, id); user-defined tokens are a part of the plain text around them."""
@@ -143,6 +150,13 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """The token as the vocabulary writes it, such as "\u2581the", "<0x0A>" or "<|im_end|>"."""
         return self._vocab.tokens[self._checked(token)]
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that the vocabulary writes so: what `token_text` gives, reversed.
+
+        None for a byte token, and where there is none of that name.
+        """
+        return self._vocab.specials.get(text, self._vocab.ids.get(text))
 
     def is_control(self, token: int) -> bool:
         """Whether the token steers the model and is no part of the text."""

@@ -54,13 +54,29 @@ def find(name: str) -> Path | None:
 
 
 def metadata(name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """GGUF metadata of a vocabulary; skips the test, saying why, where it is not at hand."""
+    """GGUF metadata of a vocabulary; skips the test, saying why, where it is not at hand.
+
+    "llama2+16" is Llama 2's with what Code Llama's has behind it.
+    """
+    if name == "llama2+16":
+        return _with_code_llamas(metadata("llama2", request))
     path = find(name)
     if path is None and name == "smollm2":
         path = request.getfixturevalue("default_model")
     if path is None:
         pytest.skip(f"no {' or '.join(FILES[name])} in {' or '.join(FOLDERS)}")
     return _reader(name, path)(path)
+
+
+def _with_code_llamas(llama2: dict[str, Any]) -> dict[str, Any]:
+    named = {7: "\u2581<PRE>", 8: "\u2581<SUF>", 9: "\u2581<MID>", 10: "\u2581<EOT>", 15: "<step>"}
+    more = {
+        "tokens": [named.get(i, f"<unused {i}>") for i in range(16)],
+        "scores": [0.0] * 16,
+        "token_type": [CONTROL] * 16,
+    }
+    joined = {key: [*llama2[f"tokenizer.ggml.{key}"], *values] for key, values in more.items()}
+    return llama2 | {f"tokenizer.ggml.{key}": values for key, values in joined.items()}
 
 
 def _reader(name: str, path: Path) -> Callable[[Path], dict[str, Any]]:
