@@ -79,6 +79,15 @@ DryRun = Annotated[bool, _twin("--dry-run", help="Show the plan and write nothin
 Importance = Annotated[
     Path | None, _twin("--importance", help="A file that says which weights matter more.")
 ]
+Calibrate = Annotated[
+    Path | None, _twin("--calibrate", help="A text to find out with which weights matter more.")
+]
+ImportanceOut = Annotated[
+    Path | None,
+    _twin("--importance-out", show_default="beside OUTPUT", help="Where to keep what was found."),
+]
+Report = Annotated[bool, _twin("--report", help="Measure what was lost, on --text.")]
+ReportText = Annotated[Path | None, _twin("--text", help="A UTF-8 text file for --report.")]
 Certificate = Annotated[
     str, _twin("--certificate", help="full or none: what `verify` compares with.")
 ]

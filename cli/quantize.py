@@ -4,17 +4,22 @@ import contextlib
 import dataclasses
 import os
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgellama.cli.background import in_background
+from edgellama.cli.quality import Around, Extras, row
 from edgellama.cli.terminal import Display, Terminal
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Progress
 from edgellama.paths import model_path
 
 if TYPE_CHECKING:
-    from edgellama.quantize.convert import Job, Report
+    from edgellama.quantize.convert import Report
     from edgellama.quantize.plan import Plan, PlannedTensor
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,54 +34,68 @@ class Choices:
 
 
 def run_quantize(
-    terminal: Terminal, source: str, output: Path, choices: Choices, *, dry_run: bool
+    terminal: Terminal,
+    source: str,
+    output: Path,
+    choices: Choices,
+    extras: Extras,
+    *,
+    dry_run: bool,
 ) -> None:
-    cancel = CancelToken()
-    with contextlib.closing(Bytes(terminal.quiet)) as display:
-        document, last = in_background(
-            lambda: _convert(terminal, display, source, output, choices, dry_run, cancel),
-            cancel,
-            idle=display.remind,
-        )
-    terminal.note(last)
+    extras.check(choices.importance)
+    with contextlib.ExitStack() as opened:
+        stage = partial(_stage, terminal)
+        around = stage(lambda *_: _prepared(opened, source, output, choices, extras))
+        _introduce(terminal, around, dry_run)
+        report = None if dry_run else stage(partial(_convert, around))
+        document = _document(around, report)
+        terminal.note(f"{output} was not written" if report is None else outcome(report))
+        if report is not None and extras.report:
+            quality = stage(around.measured)
+            document["quality"] = dataclasses.asdict(quality)
+            if not terminal.json:
+                terminal.write(row(report, quality))
     if terminal.json:
         terminal.document(document)
 
 
-def _convert(
-    terminal: Terminal,
-    display: Display,
-    source: str,
-    output: Path,
-    choices: Choices,
-    dry_run: bool,
-    cancel: CancelToken,
-) -> tuple[dict[str, Any], str]:
-    """Convert, and tell of it on the way; returns the document for --json, and a last remark."""
+def _stage(terminal: Terminal, work: Callable[[CancelToken, Progress], T]) -> T:
+    """A part of the work, with a bar of its own."""
+    cancel = CancelToken()
+    with contextlib.closing(Bytes(terminal.quiet)) as display:
+        return in_background(lambda: work(cancel, display.update), cancel, idle=display.remind)
+
+
+def _prepared(
+    opened: contextlib.ExitStack, source: str, output: Path, choices: Choices, extras: Extras
+) -> Around:
     from edgellama.quantize.convert import prepared
 
-    asked = dataclasses.asdict(choices)
-    with prepared(model_path(source), output, **asked) as job:
-        _introduce(terminal, job, dry_run)
-        if dry_run:
-            return _document(job, None), f"{output} was not written"
-        report = job.run(cancel, display.update)
-        return _document(job, report), outcome(report)
+    asked = dataclasses.asdict(choices) | {"weighted": extras.calibrate is not None}
+    job = opened.enter_context(prepared(model_path(source), output, **asked))
+    around = Around(job, extras, choices.importance, choices.threads, opened)
+    around.check()
+    return around
 
 
-def _introduce(terminal: Terminal, job: "Job", dry_run: bool) -> None:
+def _convert(around: Around, cancel: CancelToken, progress: Progress) -> "Report":
+    return around.calibrated(cancel, progress).run(cancel, progress)
+
+
+def _introduce(terminal: Terminal, around: Around, dry_run: bool) -> None:
     """The plan: the result of a dry run, else a remark."""
     if dry_run and not terminal.json:
-        terminal.write(table(job.plan))
+        terminal.write(table(around.job.plan))
     elif not terminal.json:
-        terminal.note(table(job.plan).removesuffix("\n"))
-    for note in job.notes:
+        terminal.note(table(around.job.plan).removesuffix("\n"))
+    for note in around.notes:
         terminal.note(f"note: {note}")
 
 
-def _document(job: "Job", report: "Report | None") -> dict[str, Any]:
-    """The fields of Report (without those that only a conversion has, if there was none), and
-    `tensors`."""
+def _document(around: Around, report: "Report | None") -> dict[str, Any]:
+    """The fields of Report (without those that only a conversion has, if there was none), where
+    the importance matrix is, and `tensors`."""
+    job = around.job
     done = {} if report is None else {"seconds": report.seconds, "peak_bytes": report.peak_bytes}
     tensors = [
         dataclasses.asdict(tensor) | {"bytes": tensor.n_bytes} for tensor in job.plan.tensors
@@ -89,7 +108,9 @@ def _document(job: "Job", report: "Report | None") -> dict[str, Any]:
         "bits_per_weight": job.plan.bits_per_weight,
         "bytes": job.plan.n_bytes if report is None else report.bytes,
         **done,
-        "notes": list(job.notes),
+        "importance": around.importance,
+        "quality": None,
+        "notes": around.notes,
         "tensors": tensors,
     }
 

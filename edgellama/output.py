@@ -32,7 +32,7 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     target = _target(Path(path))
     stem = f".{target.name[:100]}."
     _sweep(target.parent, stem)
-    try:
+    with told_as_output(path):
         with contextlib.ExitStack() as on_failure:
             file, temporary = _create(target, stem)
             on_failure.callback(_discard, file, temporary)
@@ -42,6 +42,31 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
             _rename(file, temporary, target)
             on_failure.pop_all()
         _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: str | Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new binary file in the folder of `path`, and its name; removed when the block ends.
+
+    For large things that are only needed on the way to `path`: write within `told_as_output`. If
+    the process is killed, the next writer of `path` removes it. Raises OutputError.
+    """
+    target = _target(Path(path))
+    stem = f".{target.name[:100]}."
+    with told_as_output(path):
+        _sweep(target.parent, stem)
+        file, temporary = _create(target, stem)
+    try:
+        yield file, temporary
+    finally:
+        _discard(file, temporary)
+
+
+@contextlib.contextmanager
+def told_as_output(path: str | Path) -> Iterator[None]:
+    """The system's refusals to write become OutputError."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, EdgeLlamaError):
             raise

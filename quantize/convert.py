@@ -111,7 +111,8 @@ class Job:
 
     def with_importance(self, weights: Importance) -> "Job":
         """The same job, which was prepared as `weighted`, with its weights of importance."""
-        return replace(self, importance=_importance(weights, self.source))
+        known = _importance(weights, self.source)
+        return replace(self, importance=known, started=time.monotonic())
 
     @property
     def notes(self) -> tuple[str, ...]:
