@@ -49,8 +49,80 @@ TopP = Annotated[
 MinP = Annotated[
     float | None, _sampling("--min-p", default="0.05", help="Share of the likeliest's; 0: all.")
 ]
+TypicalP = Annotated[
+    float | None,
+    _sampling("--typical-p", default="1", help="Most typical up to this share; 1: all."),
+]
+TopNSigma = Annotated[
+    float | None,
+    _sampling("--top-n-sigma", default="0", help="Keep logits so near the top; 0: all."),
+]
 RepetitionPenalty = Annotated[
     float | None, _sampling("--repetition-penalty", default="1", help="Above 1: repeat less.")
+]
+PresencePenalty = Annotated[
+    float | None,
+    _sampling("--presence-penalty", default="0", help="Taken off tokens that occurred."),
+]
+FrequencyPenalty = Annotated[
+    float | None, _sampling("--frequency-penalty", default="0", help="Taken off per occurrence.")
+]
+PenaltyWindow = Annotated[
+    int | None,
+    _sampling("--penalty-window", default="64", help="Last tokens that penalties count."),
+]
+DryMultiplier = Annotated[
+    float | None,
+    _sampling("--dry-multiplier", default="0", help="Against repeated passages; 0: off."),
+]
+DryBase = Annotated[
+    float | None,
+    _sampling("--dry-base", default="1.75", help="Its growth with each repeated token."),
+]
+DryAllowedLength = Annotated[
+    int | None,
+    _sampling("--dry-allowed-length", default="2", help="Tokens that may repeat freely."),
+]
+DryWindow = Annotated[
+    int | None, _sampling("--dry-window", default="64", help="Last tokens searched for passages.")
+]
+DryBreaker = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dry-breaker",
+        show_default='line break : " *',
+        help="Where a passage ends; may be repeated.",
+    ),
+]
+XtcProbability = Annotated[
+    float | None,
+    _sampling("--xtc-probability", default="0", help="How often top choices go; 0: never."),
+]
+XtcThreshold = Annotated[
+    float | None,
+    _sampling("--xtc-threshold", default="0.1", help="How likely a top choice is at least."),
+]
+Mirostat = Annotated[
+    int | None,
+    _sampling("--mirostat", default="0", help="2: hold the surprise at a target; 0: off."),
+]
+MirostatTau = Annotated[
+    float | None, _sampling("--mirostat-tau", default="5", help="The surprise to hold, in bits.")
+]
+MirostatEta = Annotated[
+    float | None,
+    _sampling("--mirostat-eta", default="0.1", help="Share of an error that is corrected."),
+]
+MirostatMu = Annotated[
+    float | None, _sampling("--mirostat-mu", default="2 tau", help="State to go on from.")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    _sampling("--logit-bias", default="none", help="ID=NUMBER: added to a logit; may be repeated."),
+]
+Order = Annotated[
+    str | None,
+    _sampling("--order", default="as in docs/cli.md", help="The steps by name, with commas."),
 ]
 Seed = Annotated[int | None, _twin("--seed", help="The same seed gives the same text.")]
 Against = Annotated[

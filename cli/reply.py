@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import edgellama
 from edgellama.cli.background import Background, in_background
+from edgellama.cli.sampling import settings_of
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
 from edgellama.paths import model_path
 
 if TYPE_CHECKING:
     from edgellama.generate import Chunk, Usage
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,10 @@ class Wording:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From a command's options by name."""
-        sampling = {name: values[name] for name in SAMPLING}
-        return cls(values["max_tokens"], values["stop"], sampling)
+        return cls(values["max_tokens"], values["stop"], settings_of(values))
 
     def params(self) -> "edgellama.Sampling":
-        given = {name: value for name, value in self.sampling.items() if value is not None}
-        return edgellama.Sampling(**given)
+        return edgellama.Sampling(**self.sampling)
 
     def limits(self, cancel: CancelToken) -> dict[str, Any]:
         """The arguments of `generate` and `chat` that end a reply."""

@@ -1,0 +1,82 @@
+"""The sampling options of `run` and `chat`: one for each field of `Sampling`.
+
+Knows nothing about what the fields mean: `edgellama.Sampling` checks them.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from edgellama.cli import options
+from edgellama.errors import ParameterError, shown
+
+SAMPLING: dict[str, Any] = {  # field of Sampling -> its option, in the order of --help
+    "temperature": options.Temperature,
+    "top_k": options.TopK,
+    "top_p": options.TopP,
+    "min_p": options.MinP,
+    "typical_p": options.TypicalP,
+    "top_n_sigma": options.TopNSigma,
+    "repetition_penalty": options.RepetitionPenalty,
+    "presence_penalty": options.PresencePenalty,
+    "frequency_penalty": options.FrequencyPenalty,
+    "penalty_window": options.PenaltyWindow,
+    "dry_multiplier": options.DryMultiplier,
+    "dry_base": options.DryBase,
+    "dry_allowed_length": options.DryAllowedLength,
+    "dry_window": options.DryWindow,
+    "dry_breakers": options.DryBreaker,
+    "xtc_probability": options.XtcProbability,
+    "xtc_threshold": options.XtcThreshold,
+    "mirostat": options.Mirostat,
+    "mirostat_tau": options.MirostatTau,
+    "mirostat_eta": options.MirostatEta,
+    "mirostat_mu": options.MirostatMu,
+    "logit_bias": options.LogitBias,
+    "order": options.Order,
+    "seed": options.Seed,
+}
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with these options before its `runtime`; it finds their values in ctx.params."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        command(*args, **{name: kwargs[name] for name in kwargs if name not in SAMPLING})
+
+    own = list(inspect.signature(command).parameters.values())
+    before = [parameter.name for parameter in own].index("runtime")
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    added = [
+        inspect.Parameter(name, kind, default=None, annotation=option)
+        for name, option in SAMPLING.items()
+    ]
+    parameters = [*own[:before], *added, *own[before:]]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapper
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Sampling` that the command's options give; what was not given is left out.
+
+    Raises ParameterError for a --logit-bias that is no ID=NUMBER.
+    """
+    given = {name: values[name] for name in SAMPLING if values[name] not in (None, [], ())}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+    if "order" in given:
+        steps = (step.strip() for step in given["order"].split(","))
+        given["order"] = tuple(step for step in steps if step)
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        problem = f"--logit-bias {shown(text)}; expected ID=NUMBER, such as 5=-2.5 or 5=-inf"
+        raise ParameterError(problem, field="logit_bias", value=text) from None
