@@ -83,24 +83,38 @@ def test_files_are_private(filled: Path) -> None:
         assert stat.S_IMODE(file.stat().st_mode) & 0o022 == 0
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "longer", "foreign", "renamed"])
-def test_a_damaged_file_is_compiled_anew(damage: str, filled: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_compiled_anew(filled: Path, tmp_path: Path) -> None:
     cache = copied(filled, tmp_path)
     (file,) = files(cache)
     good = file.read_bytes()
-    middle = len(good) // 2
+    file.write_bytes(flipped(good))
+    assert use(cache) == COMPILED
+    assert file.read_bytes() == good
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "longer", "foreign", "renamed"])
+def test_damage_is_noticed(
+    damage: str, filled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (file,) = files(copied(filled, tmp_path))
+    good = file.read_bytes()
+    assert kernel_cache._read(file)
     bad = {
         "empty": b"",
         "short": good[:-1],
-        "flipped": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+        "flipped": flipped(good),
         "longer": good + b"\0",
         "foreign": b"\x7fELF" + bytes(200),
         "renamed": other_kernel(),
     }[damage]
     file.write_bytes(bad)
-    assert use(cache) == COMPILED
-    assert file.read_bytes() == good
-    assert use(cache) == FOUND
+    assert kernel_cache._read(file) is None
+    assert file.name in caplog.text
 
 
 def other_kernel() -> bytes:
@@ -141,12 +155,16 @@ def test_the_key_covers_everything_the_code_follows_from() -> None:
     """Every module that a kernel is made of is part of the fingerprint."""
     code = """
 import sys
-from edgellama.runtimes import compiler, kernel_team, kernels_attention, kernels_linear
-print(*(name for name in sys.modules if name.startswith("edgellama.runtimes.")))
+from edgellama.quantize import encode_k
+from edgellama.runtimes import compiler, kernel_team, kernels_attention, kernels_tiles
+print(*(name for name in sys.modules if name.startswith("edgellama.")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.rpartition(".")[2] for name in done.stdout.split()}
-    assert loaded == set(kernel_cache._SOURCES)
+    loaded = set(done.stdout.split())
+    runtimes = {f"edgellama.runtimes.{name}" for name in kernel_cache._SOURCES}
+    assert runtimes == {name for name in loaded if name.startswith("edgellama.runtimes.")}
+    encoders = {f"edgellama.quantize.{name}" for name in kernel_cache._ENCODERS}
+    assert encoders == {name for name in loaded if name.startswith("edgellama.quantize.")}
 
 
 def test_another_source_gets_another_name(

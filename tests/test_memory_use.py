@@ -53,13 +53,13 @@ def test_loading_takes_the_weights_and_little_more(tmp_path: Path) -> None:
 
     Both kinds of repacking: what is only moved, and what is taken apart.
     """
-    config = tiny_config(vocab_size=24_000, n_layers=2, dim=1024, ffn_dim=2816, tied_output=True)
+    config = tiny_config(vocab_size=17_000, n_layers=2, dim=1024, ffn_dim=2816, tied_output=True)
     small = tiny_config(dim=256, ffn_dim=256, n_layers=1)
     types = {"token_embd": "F16", "blk.": "Q6_K"}
     large_path = write_tiny(tmp_path / "large.gguf", config, types)
     small_path = write_tiny(tmp_path / "small.gguf", small, types)
     before, peak, weights, scratch = run(LOAD, small_path, large_path)
-    largest = 24_000 * 1024 * 2
+    largest = 17_000 * 1024 * 2
     assert weights > largest > 2 * FLIGHT  # neither may be in memory a second time
     assert peak - before <= weights + scratch + FLIGHT
     assert peak - before >= weights // 2  # it was measured at all
@@ -102,7 +102,7 @@ def cycle(close):
 for _ in range(30):
     cycle(True)
 before = now()
-for i in range(300):
+for i in range(200):
     cycle(i % 3 < 2)  # every third is only dropped
 print(*before, *now())
 """
@@ -111,6 +111,6 @@ print(*before, *now())
 def test_loading_and_closing_again_and_again(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "tiny.gguf")
     memory, threads, files, memory_after, threads_after, files_after = run(CYCLES, path)
-    assert memory_after - memory < 4 * MIB  # less than 14 kB a model
+    assert memory_after - memory < 4 * MIB  # less than 21 kB a model
     assert threads_after <= threads + 2  # the last dropped model's helpers may be on their way
     assert files_after == files
