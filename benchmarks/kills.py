@@ -2,9 +2,9 @@
 
     python benchmarks/kills.py MODEL.gguf [TIMES]
 
-Converts MODEL to F16 over an existing output, TIMES (200) times, each killed (SIGKILL) at a random
-moment of its work. "damaged" must stay 0; "left" is the most temporary files that ever lay about
-at once, "litter" those that outlived the next run.
+Converts MODEL to F16 over an existing output until TIMES (200) conversions were killed (SIGKILL) at
+random moments; some "ended" before. "damaged" must stay 0; "left" is the most temporary files that
+ever lay about at once, "litter" those that outlived the next run.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main() -> None:
     times = int(sys.argv[2]) if len(sys.argv) > 2 else 200
     with tempfile.TemporaryDirectory() as folder:
         found = kill_many(Path(sys.argv[1]).resolve(), Path(folder), "F16", times)
-    names = ("killed", "old", "new", "damaged", "left", "litter")
+    names = ("killed", "ended", "old", "new", "damaged", "left", "litter")
     print(", ".join(f"{name} {found[name]}" for name in names))
 
 

@@ -80,10 +80,11 @@ def digest(path: Path) -> str:
 
 
 def kill_many(source: Path, folder: Path, kind: str, times: int, seed: int = 0) -> Counter[str]:
-    """Replace an old output `times` times, killed on the way: what was found afterwards.
+    """Replace an old output until `times` conversions were killed: what was found afterwards.
 
-    Counts "old" and "new" outputs, "damaged" ones (neither), conversions that ended before they
-    were "killed", the most files "left" by dead writers at once, and "litter" after a last run.
+    Counts "killed" conversions and those that had "ended" before, "old" and "new" outputs of both,
+    "damaged" ones (neither), the most files "left" by dead writers at once, and "litter" after a
+    last run.
     """
     output = folder / "out.gguf"
     found: Counter[str] = Counter()
@@ -93,10 +94,10 @@ def kill_many(source: Path, folder: Path, kind: str, times: int, seed: int = 0) 
         assert status == 0
         new, seconds = digest(output), min(conversions.run()[1] for _ in range(3))
         old = hashlib.sha256(b"old").hexdigest()
-        for _ in range(times):
+        while found["killed"] < times and found["ended"] < 3 * times + 10:
             output.write_bytes(b"old")
             status, _ = conversions.run(kill_after=rng.uniform(0, 1.1 * seconds))
-            found["killed"] += status == -signal.SIGKILL
+            found["killed" if status == -signal.SIGKILL else "ended"] += 1
             found[{old: "old", new: "new"}.get(digest(output), "damaged")] += 1
             found["left"] = max(found["left"], len(list(folder.glob(".*"))))
         assert conversions.run()[0] == 0 and digest(output) == new

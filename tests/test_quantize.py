@@ -414,8 +414,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     folder.mkdir()
     found = kill_many(source, folder, "F16", times=10)
     assert found["damaged"] == found["litter"] == 0
-    assert found["old"] + found["new"] == 10
-    assert found["killed"] >= 3 and found["left"] <= 1
+    assert found["old"] + found["new"] == found["killed"] + found["ended"]
+    assert found["killed"] == 10 and found["left"] <= 1
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5])
