@@ -120,12 +120,12 @@ def _write_tensors(
     (file,) = writer.fout
     writer.write_padding(file, file.tell())
     for name, shape in shapes.items():
-        for piece in _pieces(name, types[name], shape, seed):
+        for piece in pieces(name, types[name], shape, seed):
             file.write(piece.data)
         writer.write_padding(file, file.tell())
 
 
-def _pieces(name: str, kind: str, shape: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
+def pieces(name: str, kind: str, shape: tuple[int, ...], seed: int = 0) -> Iterator[np.ndarray]:
     """A tensor's bytes, some whole rows at a time."""
     if len(shape) == 1:  # a norm
         yield np.ones(shape, np.float32)
