@@ -23,8 +23,7 @@ Check = Callable[[edgellama.Model, Ids], tuple[Ids, Ids]]  # what must be the sa
 
 
 def tasks(given: Given) -> Iterator[Task]:
-    if (why := provider.missing(given.device)) is not None:
-        raise RuntimeError(why)
+    provider.require(given.device)
     checks: dict[str, Check] = {"generate = steps": steps, "rewound": rewound, "in turns": turns}
     names = ("gqa",) if given.quick else ("gqa", "head128", "tied")
     for name in names:

@@ -79,8 +79,7 @@ def _products(device: str, bits: int, m: int, k: int, n: int) -> list[Product]:
 
 
 def tasks(given: Given) -> Iterator[Task]:
-    if (why := provider.missing(given.device)) is not None:
-        raise RuntimeError(why)
+    provider.require(given.device)
     for case in cases(given.device, given.quick):
         yield {"op": OPS[type(case)]} | asdict(case), partial(run, given.device, case)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from gpu.parts import Skip
+
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
@@ -59,6 +61,12 @@ def missing(device: str) -> str | None:
     except Exception as error:  # whatever it is, it is the answer
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{_library_error()}"
     return None
+
+
+def require(device: str) -> None:
+    """Raises Skip if ONNX Runtime is not here at all, RuntimeError if CUDA cannot be used."""
+    if (why := missing(device)) is not None:
+        raise Skip(why) if device == "cpu" else RuntimeError(why)
 
 
 def _check(device: str) -> None:

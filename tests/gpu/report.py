@@ -84,10 +84,10 @@ def _worst(rows: list[Row], alike: tuple[str, ...], figure: str) -> list[Row]:
     shown: dict[tuple[Any, ...], Row] = {}
     for i, row in enumerate(rows):
         key: tuple[Any, ...] = tuple(row.get(name) for name in alike)
-        if not row.get("ok", True):
+        if "error" in row or "skipped" in row:
+            key = (row.get("error"), row.get("skipped"), *key[-1:])
+        elif not row.get("ok", True):
             key += (i,)
-        elif "skipped" in row:
-            key += (row["skipped"],)
         before = shown.get(key, {"cases": 0})
         worse = row if row.get(figure, 0) >= before.get(figure, 0) else before
         shown[key] = worse | {"cases": before["cases"] + 1}

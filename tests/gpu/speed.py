@@ -16,49 +16,47 @@ import torch
 import edgellama
 from edgellama.gguf import open_gguf
 from edgellama.weights import model_config
-from gpu import bandwidth, provider
+from gpu import bandwidth, provider, shapes
 from gpu.parts import Given, Row, Skip, Task
 
-ON_CUDA = (
-    ("llama-3.2-1b", "Q4_0"),
-    ("llama-2-7b", "Q4_0"),
-    ("llama-3-8b", "Q4_0"),
-    ("llama-3.2-1b", "Q8_0"),
-    ("llama-2-7b", "Q8_0"),
-    ("llama-3.2-1b", "F16"),
-)
-SMALL = (("smollm2-135m", "Q4_0"),)
 PROMPT, DECODED, PREFILLED = 16, 128, 512  # tokens; decoded ones on CUDA
 CONTEXT = 1024
+Measure = Callable[..., Row]
 GREEDY = edgellama.Sampling(temperature=0)
 
 
 def tasks(given: Given) -> Iterator[Task]:
-    copied = bandwidth.copy_bandwidth(given.device)
-    yield {"subject": "copy, read and written"}, lambda: {"gb_per_second": copied / 1e9}
-    for shape, kind in ON_CUDA if given.device == "cuda" and not given.quick else SMALL:
-        subjects: dict[str, Callable[..., Row]] = {f"onnx {given.device}": _onnx}
+    copied = Copied(given.device)
+    yield {"subject": "copy, read and written"}, lambda: {"gb_per_second": copied.measured() / 1e9}
+    for shape, kind in shapes.LARGE if given.device == "cuda" and not given.quick else shapes.SMALL:
+        subjects: dict[str, Measure] = {f"onnx {given.device}": _onnx}
         if given.device == "cpu":
             subjects["cpu"] = _cpu
         subjects["llama.cpp"] = _llama_cpp
         for name, measure in subjects.items():
             labels = {"shape": shape, "type": kind, "subject": name}
             yield labels, partial(measure, given, shape, kind, copied)
-        _path(given, shape, kind).unlink(missing_ok=True)
+        shapes.remove(Path(given.scratch), shape, kind)
         if kind == "Q4_0":
             labels = {"shape": shape, "type": "float16", "subject": "torch"}
             yield labels, partial(_torch, given, shape, copied)
 
 
-def _path(given: Given, shape: str, kind: str) -> Path:
-    return Path(given.scratch) / f"{shape}-{kind}.gguf"
+class Copied:
+    """The copy bandwidth, measured once; None as a share's divisor where it cannot be."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.bandwidth: float | None = None
+
+    def measured(self) -> float:
+        self.bandwidth = bandwidth.copy_bandwidth(self.device)
+        return self.bandwidth
 
 
 def _file(given: Given, shape: str, kind: str) -> tuple[Path, int]:
-    """The model, written if it is not there, and bytes of weights that one token reads."""
-    path = _path(given, shape, kind)
-    if not path.exists():
-        synthetic.write(path, shape, kind)
+    """The model, and bytes of weights that one token reads."""
+    path = shapes.written(Path(given.scratch), shape, kind, given.ends)
     with open_gguf(path) as file:
         config = model_config(file)
         sizes = {name: info.n_bytes for name, info in file.tensors.items()}
@@ -66,30 +64,29 @@ def _file(given: Given, shape: str, kind: str) -> tuple[Path, int]:
     return path, sum(sizes.values()) - embedding
 
 
-def _rates(tokens: float, n_bytes: int, copied: float) -> Row:
+def _rates(tokens: float, n_bytes: int, copied: Copied) -> Row:
     """`tokens` per second as bytes per second, and as a share of the copy's."""
     return {
         "decode": tokens,
         "weights_gb": n_bytes / 1e9,
         "gb_per_second": tokens * n_bytes / 1e9,
-        "of_copy": tokens * n_bytes / copied,
+        "of_copy": tokens * n_bytes / copied.bandwidth if copied.bandwidth else None,
     }
 
 
 # --- edgellama -----------------------------------------------------------------------------------
 
 
-def _onnx(given: Given, shape: str, kind: str, copied: float) -> Row:
-    if (why := provider.missing(given.device)) is not None:
-        raise Skip(why)
+def _onnx(given: Given, shape: str, kind: str, copied: Copied) -> Row:
+    provider.require(given.device)
     return _edgellama(given, shape, kind, copied, {"runtime": "onnx", "device": given.device})
 
 
-def _cpu(given: Given, shape: str, kind: str, copied: float) -> Row:
+def _cpu(given: Given, shape: str, kind: str, copied: Copied) -> Row:
     return _edgellama(given, shape, kind, copied, {"runtime": "cpu"})
 
 
-def _edgellama(given: Given, shape: str, kind: str, copied: float, options: dict[str, Any]) -> Row:
+def _edgellama(given: Given, shape: str, kind: str, copied: Copied, options: dict[str, Any]) -> Row:
     path, n_bytes = _file(given, shape, kind)
     free, began = _free(given), time.perf_counter()
     with edgellama.load(path, context=CONTEXT, **options) as model:
@@ -131,7 +128,7 @@ def _free(given: Given) -> int:
 # --- what it is compared with --------------------------------------------------------------------
 
 
-def _torch(given: Given, shape: str, copied: float) -> Row:
+def _torch(given: Given, shape: str, copied: Copied) -> Row:
     if given.device != "cuda":
         raise Skip("half precision is compared on CUDA only")
     from gpu.torch_step import Step, captured
@@ -148,7 +145,7 @@ def _torch(given: Given, shape: str, copied: float) -> Row:
         torch.cuda.empty_cache()
 
 
-def _llama_cpp(given: Given, shape: str, kind: str, copied: float) -> Row:
+def _llama_cpp(given: Given, shape: str, kind: str, copied: Copied) -> Row:
     try:
         import llama_cpp
     except ImportError as error:
