@@ -24,6 +24,7 @@ REPLACE = f"pip uninstall onnxruntime onnxruntime-gpu; {INSTALL_CUDA}"
 ACCURACIES = (0, 4)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 HALVES = ("float16", "bfloat16")
+CANDIDATES = 64  # likeliest tokens that a step on CUDA gives besides its logits
 _LIBRARIES = {  # what the CUDA provider is linked with, of CUDA 13: the package that has each
     "libcuda.so.1": "the NVIDIA driver",
     "libcudart.so.13": "nvidia-cuda-runtime",
@@ -62,6 +63,11 @@ class Device:
         )
 
     @property
+    def memory(self) -> str:
+        """Where a session's buffers lie."""
+        return self.name
+
+    @property
     def providers(self) -> list[Any]:
         return [(self.provider, dict(self.provider_options))]
 
@@ -78,7 +84,8 @@ class Device:
         if options.accuracy is not None:
             raise _refused("accuracy", options.accuracy, ("None: it is for the CPU",))
         require_choice("kv_type", options.kv_type, ("f16",))
-        return Manner(require_choice("dtype", options.dtype or HALVES[0], HALVES))
+        dtype = require_choice("dtype", options.dtype or HALVES[0], HALVES)
+        return Manner(dtype, candidates=CANDIDATES)
 
     def check(self, session: Any) -> None:
         """The session must run where it was asked to: ONNX Runtime itself would fall back."""

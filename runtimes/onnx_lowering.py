@@ -30,6 +30,8 @@ from edgellama.runtimes.onnx_wire import (
 
 DATA_FILE = "model.onnx.data"
 LOGITS = "output"
+CANDIDATES = ("top.logits", "top.ids", "top.log_sum")  # the likeliest of each row, and of all
+NEXT, NEXT_PAST = "next", "past.next"  # the likeliest of a single row, and `past` one further
 ROTATED = 16  # the attention itself rotates heads and parts of heads of multiples of this only
 HEADS = 8  # it takes heads of multiples of this: others are padded with zeros
 
@@ -42,6 +44,7 @@ class Manner:
     accuracy: int = 4
     fused: bool = True
     shown: tuple[str, ...] = ()  # values of the graph to give as outputs
+    candidates: int = 0  # how many of the likeliest tokens to give as outputs; 0: logits alone
 
 
 def lower(graph: Graph, layout: Layout, manner: Manner) -> OnnxModel:
@@ -80,16 +83,41 @@ class _Lowering:
         info.append(ValueInfo("rows", "int64", ("r",)))
         info.append(ValueInfo("past", "int32", (1,)))
         info.append(ValueInfo("total", "int32", ()))
-        info += [ValueInfo(name, self.dtype, ("positions", half)) for name in ("cos", "sin")]
+        angles = angles_dtype(self.dtype)
+        info += [ValueInfo(name, angles, ("positions", half)) for name in ("cos", "sin")]
         info += [self._cache(name) for name in cache_names(c.n_layers)]
 
     def outputs(self) -> None:
         c, out = self.config, self.model.outputs
         out.append(ValueInfo(LOGITS, "float32", (1, "r", c.vocab_size)))
         out += [self._cache(new_name(name)) for name in cache_names(c.n_layers)]
+        if self.manner.candidates:
+            self._choices(min(self.manner.candidates, c.vocab_size))
         for name in self.manner.shown:
             if name != LOGITS:
                 out.append(ValueInfo(name, self.dtype, (1, "n", "width")))
+
+    def _choices(self, count: int) -> None:
+        """The likeliest tokens; and what a step needs to be fed with its own result.
+
+        `past.next` depends on `next`, so that it is written last.
+        """
+        logits, ids, log_sum = CANDIDATES
+        self.node("TopK", [LOGITS, self._shape(count)], [logits, ids], axis=-1, sorted=1)
+        self.node("ReduceLogSumExp", [LOGITS, self._shape(-1)], [log_sum], keepdims=0)
+        self.node("ArgMax", [LOGITS], [NEXT], axis=-1, keepdims=0)
+        narrow = self.node("Cast", [NEXT], ["next.int32"], to=DTYPES["int32"])
+        one, none = (self._number(value) for value in (1, 0))
+        zero = self.node("Mul", [narrow, none], ["next.zero"])
+        zero = self.node("Reshape", [zero, self._shape(-1)], ["next.zero.flat"])
+        further = self.node("Add", ["past", one], ["past.further"])
+        self.node("Add", [further, zero], [NEXT_PAST])
+        info = self.model.outputs
+        info.append(ValueInfo(logits, "float32", (1, "r", count)))
+        info.append(ValueInfo(ids, "int64", (1, "r", count)))
+        info.append(ValueInfo(log_sum, "float32", (1, "r")))
+        info.append(ValueInfo(NEXT, "int64", (1, "r")))
+        info.append(ValueInfo(NEXT_PAST, "int32", ("r",)))
 
     def _cache(self, name: str) -> ValueInfo:
         c = self.config
@@ -229,7 +257,7 @@ class _Lowering:
         c = self.config
         self.node(
             "RotaryEmbedding",
-            [self.value(node.inputs[0]), "positions", "cos", "sin"],
+            [self.value(node.inputs[0]), "positions", *self._angles()],
             [node.output],
             MICROSOFT,
             interleaved=1,
@@ -247,7 +275,7 @@ class _Lowering:
             "scale": c.head_dim**-0.5,
         }
         if self.rotates:
-            inputs += ["cos", "sin"]
+            inputs += self._angles()
             attributes |= {"do_rotary": 1, "rotary_interleaved": 1}
         if c.sliding_window is not None:
             attributes["local_window_size"] = c.sliding_window
@@ -257,6 +285,17 @@ class _Lowering:
         self.node("GroupQueryAttention", inputs, outputs, MICROSOFT, **attributes)
         if padded:
             self._narrowed(out, node.output)
+
+    def _angles(self) -> list[str]:
+        """cos and sin in the activations' type."""
+        if angles_dtype(self.dtype) == self.dtype:
+            return ["cos", "sin"]
+        names = [f"{name}.{self.dtype}" for name in ("cos", "sin")]
+        for name, out in zip(("cos", "sin"), names, strict=True):
+            if out not in self.made:
+                self.made.add(out)
+                self.node("Cast", [name], [out], to=DTYPES[self.dtype])
+        return names
 
     def _queries(self, node: Node) -> list[str]:
         """Queries, keys, values; as one product's rows where the weights allow it."""
@@ -351,6 +390,13 @@ class _Lowering:
             tensor = Initializer(name, place.dtype, shape, offset=place.offset)
             self.model.initializers.append(tensor)
 
+    def _number(self, value: int) -> str:
+        """An int32 array of one number."""
+        name = f"int32.{value}"
+        data = struct.pack("<i", value)
+        self.model.initializers.append(Initializer(name, "int32", (1,), data))
+        return name
+
     def _shape(self, *sizes: int) -> str:
         name = "shape." + ".".join(map(str, sizes))
         if name not in self.made:
@@ -368,6 +414,11 @@ def cache_names(layers: int) -> list[str]:
 def cache_width(config: ModelConfig) -> int:
     """Numbers that a position's keys or values of one head take."""
     return -(-config.head_dim // HEADS) * HEADS
+
+
+def angles_dtype(dtype: str) -> str:
+    """The type of cos and sin as inputs: NumPy has no bfloat16."""
+    return "float32" if dtype == "bfloat16" else dtype
 
 
 def new_name(name: str) -> str:

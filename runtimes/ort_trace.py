@@ -39,8 +39,7 @@ class OfOrt:
         names = [name for name in self.shown if name != LOGITS]
         for name in names:
             binding.bind_output(name, "cpu")
-        self.runtime.angles.need(n)
-        session._run(binding, n, None, 0)
+        session.run(binding, n, None, 0)
         outputs = binding.get_outputs()[-len(names) :]  # they come in the order of binding
         found = {
             name: output.numpy()[0].astype(np.float32)

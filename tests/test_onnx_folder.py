@@ -16,8 +16,11 @@ import pytest
 from tiny import tiny_config, write_tiny
 
 import edgellama
+from edgellama.config import Rope
 from edgellama.distance import nmse
+from edgellama.graph import decoder
 from edgellama.quantize import quantize
+from edgellama.weights import expected_shapes
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (the extra `onnx`)")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `onnx`)")
@@ -264,6 +267,41 @@ def test_the_graph_as_the_onnx_package_reads_it(original: Path) -> None:
     assert known.issuperset(v.name for v in model.graph.output)
     onnx.load(original / MODEL)  # reads the external data, and checks where they lie
     assert {"blk.0.attn", "blk.0.ffn_swiglu", "blk.0.attn_residual", "output"} <= known
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_every_lowering_is_sound(dtype: str, fused: bool, head_dim: int) -> None:
+    """Also those that no CPU runs: values are made once, before use; casts fit what is stored."""
+    from edgellama.runtimes.onnx_containers import EIGHT_BIT
+    from edgellama.runtimes.onnx_layout import Layout
+    from edgellama.runtimes.onnx_lowering import Manner, lower
+
+    config = tiny_config(head_dim=head_dim, rope=Rope(head_dim))
+    graph = decoder(config)
+    kinds = dict.fromkeys(graph.weights, "Q4_1") | {"output.weight": "BF16"}
+    types = {n: "F32" if len(expected_shapes(config)[n]) == 1 else k for n, k in kinds.items()}
+    types["blk.1.attn_v.weight"] = "F16"  # no longer rows of one product
+    layout = Layout(graph, types, EIGHT_BIT)
+    made = lower(graph, layout, Manner(dtype, 0, fused, candidates=4))
+    model = onnx.load_from_string(made.to_bytes())
+    typed = {t.name: t.data_type for t in model.graph.initializer}
+    typed |= {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+    half = onnx.TensorProto.DataType.Value({"float32": "FLOAT"}.get(dtype, dtype.upper()))
+    for node in model.graph.node:
+        known = [typed[name] for name in node.input if name]
+        if node.op_type in ("MatMulNBits", "FusedMatMul", "GroupQueryAttention", "Add", "Mul"):
+            numbers = {kind for kind in known if kind not in (2, 6, 7)}
+            assert numbers <= {half}, (node.name, numbers)
+        cast = next((a.i for a in node.attribute if a.name == "to"), None)
+        kinds_out = {"ArgMax": 7, "Gather": known[0]}
+        for i, name in enumerate(filter(None, node.output)):
+            assert name not in typed
+            out = cast or kinds_out.get(node.op_type, known[0] if known[0] != 2 else half)
+            typed[name] = 7 if node.op_type == "TopK" and i == 1 else out
+    assert typed["output"] == onnx.TensorProto.FLOAT
+    assert typed["past.next"] == onnx.TensorProto.INT32
 
 
 def test_every_row_is_refused_of_a_folder_that_loads(folder: Path) -> None:

@@ -1,0 +1,149 @@
+"""What CUDA runs, on the CPU provider: the half-precision graph, buffers of the device, its steps.
+
+The captured graph itself needs CUDA; see tests/gpu.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_config, write_tiny
+
+import edgellama
+from edgellama.config import Rope
+from edgellama.distance import agreement, divergence, log_probabilities, nmse
+from edgellama.gguf import open_gguf
+from edgellama.graph import decoder
+from edgellama.runtimes.base import Options
+from edgellama.weights import model_config
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `onnx`)")
+
+HALF = 2e-5  # NMSE of half precision; measured on these models: up to 2.6e-6
+EIGHT = 1e-3  # the same with minima rounded to 8-bit codes
+TOKENS = [int(i) for i in np.random.default_rng(4).integers(3, 288, 40)]
+CONFIGS = {
+    "gqa": tiny_config(),
+    "odd": tiny_config(dim=96, n_kv_heads=1, head_dim=20, ffn_dim=160, rope=Rope(20)),
+}
+Made = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An opened runtime with CUDA's manner of lowering, on the CPU provider."""
+    folder = tmp_path_factory.mktemp("steps")
+
+    def make(name: str, kind: str, dtype: str = "float16") -> Any:
+        from edgellama.runtimes.onnx_cache import transcoded
+        from edgellama.runtimes.onnx_containers import EIGHT_BIT
+        from edgellama.runtimes.onnx_lowering import Manner
+        from edgellama.runtimes.ort import Ort
+
+        path = write_tiny(folder / f"{name}-{kind}.gguf", CONFIGS[name], kind, seed=9)
+        options, manner = Options(context=64, threads=1), Manner(dtype, candidates=8)
+        with open_gguf(path) as file:
+            graph = decoder(model_config(file))
+            source, _ = transcoded(file, graph, options, EIGHT_BIT)
+            source.close()
+            return Ort(source, graph, options, replace(manner, accuracy=0)), path
+
+    return make
+
+
+def reference(path: Path) -> np.ndarray:
+    with edgellama.load(path, "reference") as model:
+        return model.session().forward(TOKENS, all_logits=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_half_precision(made: Made, name: str, kind: str) -> None:
+    runtime, path = made(name, kind)
+    wanted, session = reference(path), runtime.session()
+    most = EIGHT if kind == "Q4_1" else HALF
+    assert nmse(wanted, session.forward(TOKENS, all_logits=True)) < most
+    session = runtime.session()
+    session.forward(TOKENS[:9])
+    found = np.stack([session.forward([token]) for token in TOKENS[9:]])
+    assert nmse(wanted[9:], found) < most
+    session.truncate(20)
+    assert nmse(wanted[20], session.forward(TOKENS[20:21])) < most
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_candidates_are_the_likeliest(made: Made, name: str) -> None:
+    runtime, _ = made(name, "Q8_0", "float32")
+    one, other = runtime.session(), runtime.session()
+    one.forward(TOKENS[:9])
+    other.forward(TOKENS[:9])
+    for token in TOKENS[9:14]:
+        logits, found = one.forward([token]), other.candidates(token)
+        order = np.argsort(-logits, kind="stable")[:8]
+        np.testing.assert_array_equal(found.ids, order)
+        np.testing.assert_array_equal(found.logits, logits[order])
+        wanted = log_probabilities(logits[None])[0, order]
+        np.testing.assert_allclose(found.logits - found.log_sum, wanted, atol=1e-5)
+    assert one.position == other.position == 14
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_feeding_itself_is_stepping(made: Made, name: str) -> None:
+    runtime, _ = made(name, "Q8_0")
+    one, other = runtime.session(), runtime.session()
+    token = int(one.forward(TOKENS[:9]).argmax())
+    other.forward(TOKENS[:9])
+    steps, at = [], token
+    for _ in range(20):
+        at = int(one.forward([at]).argmax())
+        steps.append(at)
+    assert other.greedy(token, 12) == steps[:12]
+    assert other.greedy(steps[11], 8) == steps[12:]
+    assert other.position == one.position == 29
+    np.testing.assert_array_equal(one.forward([7]), other.forward([7]))
+    with pytest.raises(edgellama.ContextOverflow):
+        other.greedy(1, 40)
+
+
+def test_cancelled_while_feeding_itself(made: Made) -> None:
+    runtime, _ = made("gqa", "Q8_0")
+    session, token = runtime.session(), edgellama.CancelToken()
+    session.forward(TOKENS[:9])
+    token.cancel()
+    with pytest.raises(edgellama.Cancelled):
+        session.greedy(1, 5, token)
+    assert session.position == 9
+
+
+def test_default_model_in_half_precision(default_model: Path) -> None:
+    """CUDA's graph: minima in 8-bit codes, the rest to the bit."""
+    from edgellama.runtimes.onnx_cache import transcoded
+    from edgellama.runtimes.onnx_containers import EIGHT_BIT
+    from edgellama.runtimes.onnx_lowering import Manner
+    from edgellama.runtimes.ort import Ort
+
+    with edgellama.load(default_model, "onnx", context=64) as model:
+        tokens = model.tokenizer.encode("The capital of France is Paris, and that of Italy is")
+        wanted = model.session().forward(tokens, all_logits=True)
+    options = Options(context=64, threads=2)
+    with open_gguf(default_model) as file:
+        graph = decoder(model_config(file))
+        source, _ = transcoded(file, graph, options, EIGHT_BIT)
+        source.close()
+    assert "8-bit codes" in source.notes[0]
+    runtime = Ort(source, graph, options, Manner("float16", candidates=64))
+    found = runtime.session().forward(tokens, all_logits=True)
+    assert agreement(wanted, found) >= 0.9
+    p, q = log_probabilities(wanted), log_probabilities(found)
+    assert divergence(p, q).mean() < 2e-2  # activations are rounded to 8 bits in both
+    assert runtime.session().greedy(tokens[0], 3)
