@@ -25,6 +25,7 @@ from edgellama.runtimes.places import CacheShape, aligned
 from edgellama.runtimes.program import (
     PLAIN,
     TILED,
+    Batch,
     Program,
     kernel_names,
     lower,
@@ -38,6 +39,13 @@ ANGLES_AT_ONCE = 1024  # positions whose cosines are computed together
 FEW = 32  # tokens below which tiles would be mostly empty
 
 
+def batches_of(level: levels.Level, *, deterministic: bool = False) -> list[Batch]:
+    """The batches that a model has programs for: few tokens, and many where tiles pay."""
+    if not level.tiles or deterministic:
+        return [PLAIN]
+    return [PLAIN, replace(TILED, tiles=level.tiles)]
+
+
 class Cpu:
     """One model's repacked weights, its program and its threads."""
 
@@ -47,12 +55,11 @@ class Cpu:
         config = graph.config
         self.level, self.level_reason = levels.choose()
         types = {name: file.tensors[name].type.name for name in graph.weights}
-        batches = [PLAIN]
-        if self.level.tiles and not options.deterministic:
-            batches.append(replace(TILED, tiles=self.level.tiles))
+        batches = batches_of(self.level, deterministic=options.deterministic)
         names = [name for batch in batches for name in kernel_names(graph, types, batch)]
         kernels = kernel_cache.addresses(names, self.level, options.progress, options.cancel)
         self.weights = Weights(file, graph, options)
+        self.fingerprint = fingerprint(file, graph)
         self.warnings = [*kernel_cache.warnings, *self.weights.warnings]
         self.cache = CacheShape(
             config.n_layers,

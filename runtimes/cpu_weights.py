@@ -28,7 +28,7 @@ class Weights:
         loader = Loader(file, options, sum(info.n_bytes for info in infos.values()))
         self.matrices: dict[str, Matrix] = {}
         self.vectors: dict[str, NDArray[np.float32]] = {}
-        groups = _neighbours(graph)
+        groups = neighbours(graph)
         sizes = [[_size(file, name) for name in group] for group in groups]
         # One room for all: memory of this size goes back to the system when it is freed.
         self.room = aligned(sum(padded(sum(of_group), 64) for of_group in sizes))
@@ -67,7 +67,7 @@ def _size(file: GGUF, name: str) -> int:
     return repacked_bytes(info.type.name, info.shape[0], info.shape[1])
 
 
-def _neighbours(graph: Graph) -> list[list[str]]:
+def neighbours(graph: Graph) -> list[list[str]]:
     """Names of matrices, those that share an input together, so that they can be fused."""
     groups = [[node.weight or "" for node in group] for group in products(graph)]
     known = {name for group in groups for name in group}
