@@ -25,6 +25,8 @@ Check = Callable[[edgellama.Model, Ids], tuple[Ids, Ids]]  # what must be the sa
 def tasks(given: Given) -> Iterator[Task]:
     provider.require(given.device)
     checks: dict[str, Check] = {"generate = steps": steps, "rewound": rewound, "in turns": turns}
+    if given.device == "cuda":
+        checks |= {"feeding itself = steps": feeding, "likeliest = steps": likeliest}
     names = ("gqa",) if given.quick else ("gqa", "head128", "tied")
     for name in names:
         for kind in ("F16", "Q4_0", "Q8_0"):
@@ -119,6 +121,31 @@ def stepped(session: edgellama.Session, ids: Ids, n: int) -> Iterator[int]:
 def steps(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
     wanted = generated(model, ids)
     return wanted, list(stepped(model.session(), ids, len(wanted)))
+
+
+def feeding(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
+    """A graph that takes its own token as the next one, twice: captured, then replayed."""
+    wanted = list(stepped(model.session(), ids, TOKENS))
+    session = runtime_session(model)
+    first = int(session.forward(ids).argmax())
+    found = [first, *session.greedy(first, TOKENS // 2)]
+    return wanted, [*found, *session.greedy(found[-1], TOKENS - len(found))]
+
+
+def likeliest(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
+    """Only the likeliest tokens leave the device."""
+    wanted = list(stepped(model.session(), ids, TOKENS))
+    session = runtime_session(model)
+    found = [int(session.forward(ids).argmax())]
+    while len(found) < TOKENS:
+        found.append(int(session.candidates(found[-1]).ids[0]))
+    return wanted, found
+
+
+def runtime_session(model: edgellama.Model) -> Any:
+    """The runtime's own session: more than `Session` offers."""
+    assert model._runtime is not None
+    return model._runtime.session()
 
 
 def rewound(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:

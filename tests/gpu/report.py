@@ -22,13 +22,14 @@ COLUMNS = {  # of each part's table
     ),
     "capture": ("model", "type", "check", "tokens"),
     "speed": (
-        *("shape", "type", "subject", "decode", "prefill", "gb_per_second", "of_copy"),
+        *("shape", "type", "subject", "decode", "generate", "steps", "fed", "prefill"),
+        *("gb_per_second", "of_copy"),
         *("weights_gb", "load_seconds", "memory_gb", "note"),
     ),
 }
 WORST = {  # parts with many rows: rows alike in these are shown as the worst of them
     "operators": (("op", "dtype", "bits", "level", "fpa"), "nmse"),
-    "parity": (("kind", "type", "runtime"), "kl_mean"),
+    "parity": (("kind", "type", "runtime"), "nmse"),
 }
 
 
