@@ -6,6 +6,7 @@ import edgellama
 from edgellama.cli.keyboard import Keyboard
 from edgellama.cli.pull import pull_model
 from edgellama.cli.reply import Reply, Running, Wording, load_model, show_reply
+from edgellama.cli.templates import Asked, asked_template, source_of, template_of
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
 from edgellama.errors import EdgeLlamaError, shown
@@ -22,8 +23,15 @@ Ctrl-C        stop the reply; twice at the prompt: leave
 
 
 def start_chat(
-    terminal: Terminal, name: str | None, *, system: str | None, how: Running, wording: Wording
+    terminal: Terminal,
+    name: str | None,
+    *,
+    system: str | None,
+    template: str | None,
+    how: Running,
+    wording: Wording,
 ) -> None:
+    asked = asked_template(template)
     if name is None:
         name = DEFAULT_MODEL
         if not model_file(name).is_file():
@@ -31,8 +39,8 @@ def start_chat(
             pull_model(terminal, name)
     params = wording.params()
     with load_model(terminal, name, how) as model:
-        conversation = Conversation(terminal, model, params, system, wording)
-        terminal.note(introduction(model))
+        conversation = Conversation(terminal, model, params, system, wording, asked)
+        terminal.note(introduction(model, asked))
         keyboard = Keyboard(terminal)
         while (message := keyboard.message()) is not None and obey_or_answer(
             conversation, message, keyboard.live
@@ -42,7 +50,7 @@ def start_chat(
             terminal.document(conversation.document())
 
 
-def introduction(model: "edgellama.Model") -> str:
+def introduction(model: "edgellama.Model", asked: Asked | None) -> str:
     """Which model, run how, in a few lines."""
     info, device = model.info, model.device
     size = f"{info.parameters / 1e6:,.0f} million parameters, {info.bits_per_weight:.1f} bits each"
@@ -52,8 +60,10 @@ def introduction(model: "edgellama.Model") -> str:
         f"on {device.get('device')} with the {device.get('runtime')} runtime{reason}",
         f"context {info.context} tokens of the model's {info.model_context}",
     ]
-    if info.template is None:
+    if info.template is None and asked is None:
         lines.append("This is a base model, without a chat template: it continues what you write.")
+    else:
+        lines.append(f"chat template: {source_of(asked, model)}")
     return "\n".join([*lines, "/help shows the commands."])
 
 
@@ -89,7 +99,9 @@ class Conversation:
         params: "edgellama.Sampling",
         system: str | None,
         wording: Wording,
+        asked: Asked | None = None,
     ) -> None:
+        self._asked, self._template = asked, template_of(asked, model)
         self.terminal, self._model, self._params, self._wording = terminal, model, params, wording
         self._first = [{"role": "system", "content": system}] if system is not None else []
         self._messages: list[dict[str, str]] = list(self._first)
@@ -116,13 +128,19 @@ class Conversation:
     def _reply(self, message: str) -> Reply:
         cancel = CancelToken()
         limits = self._wording.limits(cancel)
-        if self._model.info.template is None:
+        if self._model.info.template is None and self._template is None:
             return show_reply(
                 self.terminal, lambda: self._model.generate(message, self._params, **limits), cancel
             )
         return show_reply(
             self.terminal,
-            lambda: self._model.chat(self._messages, self._params, session=self._session, **limits),
+            lambda: self._model.chat(
+                self._messages,
+                self._params,
+                template=self._template,
+                session=self._session,
+                **limits,
+            ),
             cancel,
         )
 
@@ -130,6 +148,7 @@ class Conversation:
         return {
             "model": str(self._model.info.path),
             "device": self._model.device,
+            "template_source": source_of(self._asked, self._model),
             "messages": self._messages,
             "replies": self._replies,
         }

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from edgellama.chat import FROM_FILE, NO_TEMPLATE
 from edgellama.cli.terminal import Terminal
 from edgellama.errors import UnsupportedModelError, shown
 from edgellama.gguf import GGUF, open_gguf
@@ -52,6 +53,7 @@ def inspect(file: GGUF) -> dict[str, Any]:
 
 def _declared(file: GGUF) -> dict[str, Any]:
     types: Counter[str] = Counter()
+    template = _text(file, "tokenizer.chat_template")
     parameters = stored = 0
     for tensor in file.tensors.values():
         types[tensor.type.name] += 1
@@ -68,7 +70,9 @@ def _declared(file: GGUF) -> dict[str, Any]:
         "bits_per_weight": round(8 * stored / parameters, 3) if parameters else 0.0,
         "tensors": dict(types.most_common()),
         "tokenizer": _text(file, "tokenizer.ggml.model"),
-        "chat_template": _text(file, "tokenizer.chat_template") is not None,
+        "chat_template": template is not None,
+        "template": template,
+        "template_source": FROM_FILE if template is not None else NO_TEMPLATE,
         "config": None,
         "problem": None,
         "warnings": list(file.warnings),
@@ -105,7 +109,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("context", f"{config['context_length']} tokens"),
             ("vocabulary", f"{config['vocab_size']} tokens, {shown(facts['tokenizer'])}"),
         ]
-    lines.append(("chat", "the file has a template" if facts["chat_template"] else "no template"))
+    lines.append(("chat", facts["template_source"]))
+    if facts["template"] is not None:
+        lines.append(("template", shown(facts["template"])))
     if facts["license"]:
         lines.append(("license", shown(facts["license"])))
     if facts["problem"]:

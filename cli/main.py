@@ -94,6 +94,9 @@ def _run(
     ] = None,
     raw: options.Raw = False,
     system: options.System = None,
+    template: options.Template = None,
+    infill: options.Infill = None,
+    suffix_first: options.SuffixFirst = False,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     runtime: options.Runtime = "auto",
@@ -109,7 +112,23 @@ def _run(
     from edgellama.cli.run import run_prompt
 
     how, wording = Running.of(ctx.params), Wording.of(ctx.params)
-    run_prompt(ctx.obj, model, prompt, raw=raw, system=system, how=how, wording=wording)
+    if infill is None:
+        run_prompt(
+            ctx.obj,
+            model,
+            prompt,
+            raw=raw,
+            system=system,
+            template=template,
+            how=how,
+            wording=wording,
+        )
+        return
+    if prompt is not None or raw or system is not None or template is not None:
+        raise ParameterError("--infill takes two files, and no prompt, --raw, --system, --template")
+    from edgellama.cli.infill import run_infill
+
+    run_infill(ctx.obj, model, infill, suffix_first=suffix_first, how=how, wording=wording)
 
 
 @app.command()
@@ -120,6 +139,7 @@ def chat(
         str | None, typer.Argument(help="A .gguf file or a model's name; default: a small one.")
     ] = None,
     system: options.System = None,
+    template: options.Template = None,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     runtime: options.Runtime = "auto",
@@ -135,7 +155,7 @@ def chat(
     from edgellama.cli.reply import Running, Wording
 
     how, wording = Running.of(ctx.params), Wording.of(ctx.params)
-    start_chat(ctx.obj, model, system=system, how=how, wording=wording)
+    start_chat(ctx.obj, model, system=system, template=template, how=how, wording=wording)
 
 
 @app.command()

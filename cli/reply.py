@@ -113,11 +113,16 @@ def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model"
 
 
 def show_reply(
-    terminal: Terminal, chunks: Callable[[], Iterable["Chunk"]], cancel: CancelToken
+    terminal: Terminal,
+    chunks: Callable[[], Iterable["Chunk"]],
+    cancel: CancelToken,
+    *,
+    whole_lines: bool = True,
 ) -> Reply:
     """Write a reply's text as it comes (with --json: not at all) and return the whole of it.
 
-    Ctrl-C ends the reply early, not the program: see `interrupted`.
+    `whole_lines` ends the last line where the text does not. Ctrl-C ends the reply early, not the
+    program: see `interrupted`.
     """
     texts: list[str] = []
     last: Chunk | None = None
@@ -131,8 +136,18 @@ def show_reply(
                 if not terminal.json:
                     terminal.write(chunk.text)
                 last = chunk
-    if not terminal.json:
+    if whole_lines and not terminal.json:
         terminal.end_line()
     reason = last.finish_reason if last is not None else None
     usage = last.usage if last is not None else None
     return Reply("".join(texts), reason, usage, running.interrupted)
+
+
+def finish(terminal: Terminal, reply: Reply, about: dict[str, Any]) -> None:
+    """What follows a single reply: its speed, or the --json document; 130 if it was stopped."""
+    if terminal.json:
+        terminal.document(about | reply.document())
+    else:
+        terminal.note(reply.footer())
+    if reply.interrupted:
+        raise KeyboardInterrupt

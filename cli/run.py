@@ -2,7 +2,8 @@
 
 import sys
 
-from edgellama.cli.reply import Running, Wording, load_model, show_reply
+from edgellama.cli.reply import Running, Wording, finish, load_model, show_reply
+from edgellama.cli.templates import asked_template, source_of, template_of
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
 from edgellama.errors import ParameterError
@@ -17,17 +18,22 @@ def run_prompt(
     *,
     raw: bool,
     system: str | None,
+    template: str | None,
     how: Running,
     wording: Wording,
 ) -> None:
+    asked = asked_template(template)
+    if asked is not None and raw:
+        raise ParameterError("--template and --raw contradict each other")
     text = _checked(_from_stdin(terminal) if prompt in (None, "-") else prompt or "")
     params, cancel = wording.params(), CancelToken()
     with load_model(terminal, name, how) as model:
-        chat = not raw and model.info.template is not None
+        chat = not raw and (asked is not None or model.info.template is not None)
         if system is not None and not chat:
             raise ParameterError("--system needs the chat template, which is not in use here")
+        source = source_of(asked, model) if chat else None
         if chat:
-            terminal.note("The prompt goes through the file's chat template; --raw leaves it out.")
+            terminal.note(f"The chat template in use is {source}; --raw leaves it out.")
         elif not raw:
             terminal.note("The file has no chat template: the model continues the text.")
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -36,19 +42,14 @@ def run_prompt(
         reply = show_reply(
             terminal,
             lambda: (
-                model.chat(messages, params, **limits)
+                model.chat(messages, params, template=template_of(asked, model), **limits)
                 if chat
                 else model.generate(text, params, **limits)
             ),
             cancel,
         )
-        if terminal.json:
-            about = {"model": str(model.info.path), "device": model.device, "chat": chat}
-            terminal.document(about | reply.document())
-        else:
-            terminal.note(reply.footer())
-    if reply.interrupted:
-        raise KeyboardInterrupt
+        about = {"model": str(model.info.path), "device": model.device, "chat": chat}
+    finish(terminal, reply, about | {"template_source": source})
 
 
 def _from_stdin(terminal: Terminal) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from edgellama.sandbox import Program
 
 MOST_TEMPLATE = 2**20  # characters
+FROM_FILE = "the file's own, which comes first"
+NO_TEMPLATE = "none: the file has no chat template, as base models have none"
 TURN_ENDS = ("<step>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>")
 MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, reserved for inner use
 

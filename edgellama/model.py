@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from edgellama.chat import ChatTemplate, template_from_gguf
+from edgellama.chat import FROM_FILE, NO_TEMPLATE, ChatTemplate, template_from_gguf
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError, shown
 from edgellama.formats import ChatFormat
@@ -25,9 +25,6 @@ from edgellama.sampling import Sampling
 from edgellama.session import Session
 from edgellama.stop import checked_stops
 from edgellama.tokenizer import Tokenizer
-
-FROM_FILE = "the file: its own template comes first"
-NO_TEMPLATE = "none: the file has no chat template, as base models have none"
 
 
 @dataclass(frozen=True)
@@ -224,6 +221,7 @@ class Model:
         *,
         suffix_first: bool = False,
         max_tokens: int | None = None,
+        stop: Sequence[str] = (),
         cancel: CancelToken | None = None,
     ) -> str:
         """The text between prefix and suffix, as it is to be inserted; Code Llama can do that.
@@ -238,6 +236,7 @@ class Model:
                 params,
                 suffix_first=suffix_first,
                 max_tokens=max_tokens,
+                stop=stop,
                 cancel=cancel,
             )
         )
@@ -253,6 +252,7 @@ class Model:
         *,
         suffix_first: bool = False,
         max_tokens: int | None = None,
+        stop: Sequence[str] = (),
         session: Session | None = None,
         cancel: CancelToken | None = None,
     ) -> Iterator[Chunk]:
@@ -262,8 +262,9 @@ class Model:
             tokens, self.tokenizer, prefix, suffix, suffix_first=suffix_first, path=self.info.path
         )
         assert tokens is not None
-        ends = [tokens.end]
-        return own.generate(ids, params, max_tokens=max_tokens, cancel=cancel, ends=ends)
+        return own.generate(
+            ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, ends=[tokens.end]
+        )
 
     def agenerate(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> "AsyncChunks":
         """`generate` for asyncio; the event loop is never blocked."""

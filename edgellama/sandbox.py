@@ -71,6 +71,7 @@ GUARDED: dict[str, Callable[..., str]] = {
 
 SYNTAX: tuple[type[nodes.Node], ...] = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Macro),
+    nodes.FilterBlock,
     *(nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.Continue, nodes.Name, nodes.NSRef),
     *(nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword, nodes.CondExpr),
     *(nodes.Filter, nodes.Test, nodes.Call, nodes.Getattr, nodes.Getitem, nodes.Slice),

@@ -110,14 +110,18 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as Hugging Face's templates expect it: not escaped for HTML, not for ASCII."""
-    if ensure_ascii or not (indent is None or (type(indent) is int and 0 <= indent <= MOST_INDENT)):
-        raise NotAllowed(f"tojson with ensure_ascii, or an indent other than 0..{MOST_INDENT}")
+    if not (indent is None or (type(indent) is int and 0 <= indent <= MOST_INDENT)):
+        raise NotAllowed(f"tojson with an indent other than 0..{MOST_INDENT}")
     for separator in separators or ():
         if not isinstance(separator, str) or len(separator) > MOST_INDENT:
             raise NotAllowed("tojson with a strange separator")
     env.budget.charge_all(value)
     return json.dumps(
-        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=bool(sort_keys)
+        value,
+        ensure_ascii=bool(ensure_ascii),
+        indent=indent,
+        separators=separators,
+        sort_keys=bool(sort_keys),
     )
 
 
@@ -142,8 +146,13 @@ def _attribute(env: "Worker", item: Any, path: Any) -> Any:
     return item
 
 
+def _items_or_none(env: "Worker", value: Any) -> list[Any]:
+    """As jinja2's own filters do, which many a template relies on where there are no tools."""
+    return [] if value is None else as_items(env.budget, value)
+
+
 def _map(env: "Worker", value: Any, name: str = "", *args: Any, **options: Any) -> list[Any]:
-    items = as_items(env.budget, value)
+    items = _items_or_none(env, value)
     if "attribute" not in options:
         if name not in FILTERS:
             raise NotAllowed("map with an unknown filter")
@@ -160,7 +169,7 @@ def _chosen(wanted: bool, by_attribute: bool) -> Callable[..., list[Any]]:
     def choose(env: "Worker", value: Any, *args: Any) -> list[Any]:
         path, rest = (args[0], args[1:]) if by_attribute else (None, args)
         kept = []
-        for item in as_items(env.budget, value):
+        for item in _items_or_none(env, value):
             env.budget.spend(0)
             tested = _attribute(env, item, path) if by_attribute else item
             passed = env.call_test(rest[0], tested, rest[1:]) if rest else bool(tested)

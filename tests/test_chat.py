@@ -1,9 +1,12 @@
 """Chat templates: exact prompts, and no way for messages to become control tokens."""
 
+import json
 from datetime import datetime
 
 import pytest
 from hypothesis import given, strategies as st
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgellama.chat import ChatTemplate, encode_chat, template_from_gguf
 from edgellama.errors import ParameterError, TemplateError
@@ -107,6 +110,19 @@ def test_llama2_exactly():
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
+        ("{% filter trim %} a{{ 1 }} {% endfilter %}|", "a1|"),
+        ("{% set x %}{% filter upper %}b{% endfilter %}{% endset %}{{ x }}", "B"),
+        ("{{ tools|selectattr('type', 'equalto', 'x')|list|length }}{{ tools|map('upper')|list }}"
+         "{{ tools|rejectattr('x')|list }}{{ tools|select|list }}", "0[][][]"),
+        ("{{ messages[0].content.content is defined }}{{ messages[0]['content']|string }}",
+         "Falsehi"),
+        ("{{ 'é<&'|tojson(ensure_ascii=true) }}{{ {'b': 1, 'a': 2}|tojson(sort_keys=true) }}",
+         '"\\u00e9<&"{"a": 2, "b": 1}'),
+        ("{% for m in messages %}{%- generation -%} {{ m.content }} {%- endgeneration -%}"
+         "{% if true %}{% break %}{% endif %}{% endfor %}", "hi"),
+        ("{% macro f() -%}{% set n.x = n.x + 1 %}{% endmacro -%}", ""),
+        ("{% if messages[0].role not in ['tool', 'tool_results'] and not messages[0].get('calls') "
+         "%}a{% endif %}{{ 'b' if messages[0] == messages[-1] }}", "ab"),
         ("{{ messages | length }}{{ messages|map(attribute='role')|join(',') }}", "1user"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content|upper }}{% endfor %}", "HI"),
         ("{{ messages|selectattr('role', 'equalto', 'user')|list|length }}", "1"),
@@ -131,7 +147,25 @@ def test_llama2_exactly():
     ],
 )  # fmt: skip
 def test_what_templates_use(source, expected):
-    assert render(source, clock=lambda: datetime(2024, 3, 5)) == expected
+    """As Hugging Face's own environment renders it, which models were trained with."""
+    clock = lambda: datetime(2024, 3, 5)  # noqa: E731
+    assert render(source, clock=clock) == expected
+    theirs = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
+    )
+    theirs.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options
+    )
+    given = {"messages": USER, "tools": None, "strftime_now": clock().strftime}
+    assert theirs.from_string(source).render(given) == expected
+
+
+class Generation(Extension):
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def test_the_templates_own_refusal_is_escaped_and_names_the_roles():
@@ -222,6 +256,13 @@ def test_a_left_out_system_message_is_an_error():
     assert render(user_only) == "hi"
     with pytest.raises(ParameterError, match="leaves the system message out; roles: system, user"):
         render(user_only, TALK[:2])
+    switch = (
+        "{% set think = '/no_think' not in messages[0].content %}"
+        "{{ messages[0].content.replace('/no_think', '') }}{{ think }}"
+    )
+    for text in ("Be brief. /no_think now", "/no_think"):  # taken out, and heeded
+        talk = [{"role": "system", "content": text}, *USER]
+        assert render(switch, talk) == text.replace("/no_think", "") + "False"
 
 
 def controls_in(ids, tokenizer):

@@ -111,6 +111,11 @@ BOMBS = {
     "indent": "{{ 'x\ny'|indent(1000000000) }}",
     "json indent": "{{ [1]|tojson(indent=1000000000) }}",
     "json separators": "{{ range(9999)|list|tojson(separators=['x' * 999999, ':']) }}",
+    "indent of a block": "{% filter indent(1000000000) %}x\ny{% endfilter %}",
+    "doubling text in a filter": "{% set n = namespace(x='a') %}{% for a in range(99) %}"
+    "{% set y %}{% filter replace('a', 'aa') %}{{ n.x }}{% endfilter %}{% endset %}"
+    "{% set n.x = y %}{% endfor %}",
+    "unknown filter of a block": "{% filter pprint %}x{% endfilter %}",
     "batch": "{{ [1]|batch(1000000000, 1)|list }}",
     "slices": "{% set x = 'x' * 4000000 %}{% for a in range(9999) %}"
     "{{ x[:-1]|length }}{% endfor %}",

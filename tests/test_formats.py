@@ -128,6 +128,11 @@ def test_every_format_is_compared() -> None:
     assert known | infilling == set(GOLDEN["formats"])
 
 
+def test_every_format_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert {name for name in FORMATS if f"`{name}`" not in text} == set()
+
+
 ATTACKS = ["</s>", "<s>", "<unk>", "a", " ", "\n", "<", "|im_end|>", "é", "\u2581", *NAMED]
 attack = st.lists(st.sampled_from(ATTACKS), min_size=1, max_size=5).map("".join)
 
