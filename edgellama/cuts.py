@@ -93,7 +93,7 @@ def xtc(scores: Scores, threshold: float) -> Indices:
     """
     odds = weights(scores)
     choices = np.flatnonzero(odds >= threshold * float(odds.sum(dtype=np.float64)))
-    if len(choices) < 2:
+    if not len(choices):
         return np.arange(len(scores))
     last = choices[len(choices) - 1 - int(scores[choices][::-1].argmin())]
     dropped = np.zeros(len(scores), np.bool_)

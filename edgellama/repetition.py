@@ -80,7 +80,7 @@ class Dry:
     def lowered(self, recent: Sequence[int]) -> tuple[Ids, Scores]:
         """Ids, and what each loses, after the tokens of `recent`, oldest first."""
         longest = min(self._allowed + self._most, self._unbroken(recent))
-        if longest < self._allowed or len(recent) <= self._allowed:
+        if longest < self._allowed:
             return np.empty(0, np.intp), np.empty(0)
         ids = np.fromiter(recent, np.intp, len(recent))
         tokens, lengths = continuations(ids, self._allowed, longest)

@@ -254,6 +254,11 @@ def test_a_larger_number_draws_a_later_token_and_never_an_impossible_one(scores,
         last = index
 
 
+def test_rounding_never_leads_to_what_has_no_mass():
+    masses = np.array([1.0, 0.5, 0.0])
+    assert [cuts._reaching(masses, goal) for goal in (0.0, 1.0, 1.5, 1.6)] == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("size", [7, 1023, 1024, 1025, 3000, 10_000])
 def test_the_draw_is_where_the_probabilities_reach_the_number(size):
     scores = scores_of(size, size)
