@@ -36,7 +36,7 @@ LEAST_CONTEXT = 8
 MOST_CHUNKS = 1_000_000_000
 BUCKETS = 4  # that a chunk's scored positions are told apart in
 READ = 128  # positions whose logits are computed at once: float32 (READ, vocab_size) a model
-SCORED = 16  # of these, scored at once, in float64
+SCORED = 1 << 19  # logits scored at once, in float64, between two looks at the cancel token
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def _score_chunk(
 ) -> Scores:
     """Of the predictions in the second half; the last token is only ever predicted."""
     first, scored = len(chunk) // 2, []
+    at_once = max(1, SCORED // sessions[0].model.config.vocab_size)
     for session in sessions:
         session.truncate(0)
         session.forward(chunk[:first], cancel=cancel)
@@ -157,9 +158,11 @@ def _score_chunk(
         for session, rows in zip(sessions, logits, strict=True):
             _check_finite(session, rows, f"{where}, position {start}")
         targets = np.asarray(chunk[start + 1 : stop + 1], np.int64)
-        for i in range(0, len(targets), SCORED):
-            piece = [rows[i : i + SCORED] for rows in logits]
-            scored.append(Scores.of(piece[0], targets[i : i + SCORED], *piece[1:]))
+        for i in range(0, len(targets), at_once):
+            if cancel:
+                cancel.check("scoring")
+            piece = [rows[i : i + at_once] for rows in logits]
+            scored.append(Scores.of(piece[0], targets[i : i + at_once], *piece[1:]))
     return Scores.joined(scored)
 
 
