@@ -9,23 +9,39 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import ReferenceType, ref
 
 from edgellama.errors import Cancelled
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 _LOOK = 0.02  # seconds between two looks at a token while waiting
+_LINKING = threading.Lock()
 
 
 class CancelToken:
     """Set once, from any thread; every call that was given the token stops within 100 ms."""
 
-    __slots__ = ("_cell",)
+    __slots__ = ("__weakref__", "_cell", "_linked")
 
     def __init__(self) -> None:
         self._cell = array("q", [0])  # never resized, so its address stays
+        self._linked: tuple[ReferenceType[CancelToken], ...] = ()
 
     def cancel(self) -> None:
         self._cell[0] = 1
+        for reference in self._linked:
+            if (token := reference()) is not None:
+                token.cancel()
+
+    def linked(self) -> "CancelToken":
+        """A new token that is set together with this one, and can be set without it."""
+        token = CancelToken()
+        with _LINKING:
+            alive = (reference for reference in self._linked if reference() is not None)
+            self._linked = (*alive, ref(token))
+        if self.cancelled:  # before or meanwhile
+            token.cancel()
+        return token
 
     @property
     def cancelled(self) -> bool:

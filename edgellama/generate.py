@@ -61,6 +61,7 @@ class Usage:
     prefill_seconds: float
     decode_seconds: float
     dropped_tokens: int = 0  # left out by the overflow policy that was asked for
+    dropped_messages: tuple[int, ...] = ()  # the places of those left out, counted from 0
     seed: int | None = None  # repeats the reply
     mirostat_mu: float | None = None  # with mirostat: its state, from which a next reply goes on
 
@@ -93,13 +94,15 @@ def generate(
     cancel: CancelToken | None = None,
     history: Sequence[int] = (),
     dropped: int = 0,
+    dropped_messages: Sequence[int] = (),
     continuing: bool = True,
     ends: Sequence[int] = (),
 ) -> Iterator[Chunk]:
     """Append `ids` to the session and sample a reply; arguments are checked at once.
 
     `context` is how many tokens the session holds, prompt and reply together; `history` the ids
-    in its cache, which the penalties look at; `dropped` goes into the usage. `continuing=False`
+    in its cache, which the penalties look at; `dropped`, tokens, and `dropped_messages`, places of
+    messages, go into the usage. `continuing=False`
     drops the space that some tokenizers put before a text, as fits a chat's reply.
 
     The reply ends with "stop" (an id of `tokenizer.eos` or `ends`, never shown, or a stop string,
@@ -123,7 +126,7 @@ def generate(
         session, tokenizer, sampler, stops, cancel, tokenizer.stream(continuing=continuing)
     )
     reply.recent.extend([*history[-reply.window :], *ids] if reply.window else ())
-    reply.dropped = dropped
+    reply.dropped, reply.dropped_messages = dropped, tuple(dropped_messages)
     reply.ends |= frozenset(ends)
     return reply.chunks(list(ids), limit, context)
 
@@ -151,6 +154,7 @@ class _Reply:
         self.recent: deque[int] = deque(maxlen=self.window)
         self.prompt_tokens = self.reused_tokens = self.completion_tokens = self.dropped = 0
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.dropped_messages: tuple[int, ...] = ()
 
     def chunks(self, ids: list[int], limit: int, context: int) -> Iterator[Chunk]:
         _check_room(self.session, len(ids), context)  # again: time may have passed
@@ -238,6 +242,7 @@ class _Reply:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             dropped_tokens=self.dropped,
+            dropped_messages=self.dropped_messages,
             seed=self.sampler.seed,
             mirostat_mu=self.sampler.mu,
         )

@@ -5,11 +5,11 @@ Knows nothing about operators, formats of weights or terminals.
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE, ChatTemplate, template_from_gguf
 from edgellama.control import CancelToken
@@ -20,11 +20,15 @@ from edgellama.generate import Chunk
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.infill import infill_ids, infill_tokens
+from edgellama.overflow import Fitted, Overflow, fitted
 from edgellama.runtimes.base import Options, Runtime
 from edgellama.sampling import Sampling
-from edgellama.session import Session
+from edgellama.session import Session, restored
 from edgellama.stop import checked_stops
 from edgellama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgellama.asynchronous import AsyncChunks
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Model:
         self.config, self.graph, self.tokenizer = graph.config, graph, tokenizer
         self.device = runtime.describe()
         self._runtime: Runtime | None = runtime
-        self._pid = os.getpid()
+        self._pid, self._deterministic = os.getpid(), options.deterministic
         self._template = template_from_gguf(file.metadata, file.path)
         self._infill_tokens = infill_tokens(file.metadata, tokenizer)
         self.info = self._describe(file, options, [*warnings, *runtime.warnings])
@@ -107,11 +111,27 @@ class Model:
 
     def session(self) -> Session:
         """A new conversation: an empty key/value cache."""
+        return Session(self, self._opened().session())
+
+    def restore(
+        self, path: "str | os.PathLike[str]", *, cancel: CancelToken | None = None
+    ) -> Session:
+        """A session that goes on where the one that `Session.save` wrote has stopped.
+
+        Its next logits have the same bits (cpu runtime; with deterministic=True also those of a
+        session that has just read the same ids). The file must be of this model, runtime and
+        kv_type, and is checked before anything in it is used. Raises ModelFormatError,
+        UnsupportedModelError, ParameterError, ContextOverflow, Cancelled, ForkedProcess.
+        """
+        exact = self._deterministic
+        return restored(self, self._opened().session(), path, exact=exact, cancel=cancel)
+
+    def _opened(self) -> Runtime:
         if os.getpid() != self._pid:
             raise ForkedProcess("the model was loaded before this process forked; load it here")
         if self._runtime is None:
             raise ParameterError("the model is closed")
-        return Session(self, self._runtime.session())
+        return self._runtime
 
     # --- text -----------------------------------------------------------------------------------
 
@@ -154,7 +174,7 @@ class Model:
         params: Sampling | None = None,
         *,
         template: str | ChatTemplate | ChatFormat | None = None,
-        overflow: str = "error",
+        overflow: Overflow = "error",
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         session: Session | None = None,
@@ -165,20 +185,47 @@ class Model:
         messages: dicts with `role` and `content`. template, instead of the file's: the name of a
         format, such as "llama-2" (all: `edgellama.formats_named.FORMATS`), or Jinja text. A
         format's own stop texts end the reply as `stop` does. Pass the same `session` for the next
-        turn, and only new tokens are computed. Raises what `generate` raises, and TemplateError if
-        there is no template or it refuses.
+        turn, and only new tokens are computed. overflow: what to do with a conversation that is too
+        long, see `fitted`; the last chunk's usage says what was left out. Raises what `generate`
+        raises, and TemplateError if there is no template or it refuses.
         """
-        if overflow != "error":
-            raise ParameterError(f"overflow = {shown(overflow)}; allowed: error", field="overflow")
         own, chosen = self._own(session), self._chosen(template)
+        fitting = self.fitted(messages, template=chosen, overflow=overflow, max_tokens=max_tokens)
         return own.generate(
-            chosen.encode(self.tokenizer, messages),
+            fitting.ids,
             params,
             max_tokens=max_tokens,
             stop=[*checked_stops(stop), *chosen.stops],
             cancel=cancel,
             continuing=False,
             ends=chosen.ends(self.tokenizer),
+            same_text=True,
+            dropped=fitting.dropped_tokens,
+            dropped_messages=fitting.dropped_messages,
+        )
+
+    def fitted(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | ChatTemplate | ChatFormat | None = None,
+        overflow: Overflow = "shift",
+        max_tokens: int | None = None,
+    ) -> Fitted:
+        """What `chat` would give the model: the ids, and which messages it would leave out.
+
+        overflow: "error" leaves nothing out; "shift" leaves out as many of the oldest turns as
+        have no room, and keeps the system message; "drop-oldest" begins with that. Whole turns
+        only, and never the last. A quarter of the context, or max_tokens if that is less, is kept
+        free for the reply. Raises ContextOverflow if that does not help.
+        """
+        chosen = self._chosen(template)
+        return fitted(
+            messages,
+            lambda some: chosen.encode(self.tokenizer, some),
+            overflow=overflow,
+            context=self.info.context,
+            max_tokens=max_tokens,
         )
 
     def _own(self, session: Session | None) -> Session:
@@ -266,27 +313,56 @@ class Model:
             ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, ends=[tokens.end]
         )
 
-    def agenerate(self, prompt: str | Sequence[int], *args: Any, **kwargs: Any) -> "AsyncChunks":
-        """`generate` for asyncio; the event loop is never blocked."""
-        return AsyncChunks(self.generate(prompt, *args, **kwargs))
+    def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        params: Sampling | None = None,
+        **options: "Unpack[GenerateOptions]",
+    ) -> "AsyncChunks":
+        """`generate` for asyncio, with its options; the event loop is never blocked.
+
+        What `generate` raises at once, this raises at the first step.
+        """
+        from edgellama.asynchronous import AsyncChunks
+
+        def start(cancel: CancelToken) -> Iterator[Chunk]:
+            options["cancel"] = cancel
+            return self.generate(prompt, params, **options)
+
+        return AsyncChunks(start, options.get("cancel"))
 
     def achat(
-        self, messages: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: Sampling | None = None,
+        **options: "Unpack[ChatOptions]",
     ) -> "AsyncChunks":
-        """`chat` for asyncio; the event loop is never blocked."""
-        return AsyncChunks(self.chat(messages, *args, **kwargs))
+        """`chat` for asyncio, with its options; see `agenerate`."""
+        from edgellama.asynchronous import AsyncChunks
+
+        def start(cancel: CancelToken) -> Iterator[Chunk]:
+            options["cancel"] = cancel
+            return self.chat(messages, params, **options)
+
+        return AsyncChunks(start, options.get("cancel"))
 
 
-class AsyncChunks(AsyncIterator[Chunk]):
-    """Chunks from a blocking iterator, each step of which runs in a worker thread."""
+class GenerateOptions(TypedDict, total=False):
+    """The options of `Model.generate`."""
 
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
-        self._chunks = chunks
+    max_tokens: int | None
+    stop: Sequence[str]
+    session: Session | None
+    cancel: CancelToken | None
+    special: bool
 
-    async def __anext__(self) -> Chunk:
-        import asyncio
 
-        chunk = await asyncio.to_thread(next, self._chunks, None)
-        if chunk is None:
-            raise StopAsyncIteration
-        return chunk
+class ChatOptions(TypedDict, total=False):
+    """The options of `Model.chat`."""
+
+    template: str | ChatTemplate | ChatFormat | None
+    overflow: Overflow
+    max_tokens: int | None
+    stop: Sequence[str]
+    session: Session | None
+    cancel: CancelToken | None

@@ -5,12 +5,22 @@ Knows nothing about chat messages or files; see `model.py` for both.
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, cast
 
 from edgellama.control import CancelToken, Turns
-from edgellama.errors import ContextOverflow, ForkedProcess, ParameterError, require_integer, shown
-from edgellama.generate import Chunk, generate
-from edgellama.runtimes.base import RuntimeSession
+from edgellama.errors import (
+    Cancelled,
+    ContextOverflow,
+    ForkedProcess,
+    ParameterError,
+    require_integer,
+    shown,
+)
+from edgellama.generate import Chunk, Usage, generate
+from edgellama.reuse import as_cached, shared_length
+from edgellama.runtimes.base import RuntimeSession, SavableSession, SavingRuntime
 from edgellama.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -21,12 +31,18 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One conversation: the tokens in its key/value cache. Its calls take turns."""
+    """One conversation: the tokens in its key/value cache. Its calls take turns.
 
-    def __init__(self, model: "Model", runtime_session: RuntimeSession) -> None:
+    A context manager: leaving it, or `close()`, frees the cache at once.
+    """
+
+    def __init__(
+        self, model: "Model", runtime_session: RuntimeSession, ids: Sequence[int] = ()
+    ) -> None:
+        """`ids` are those in the runtime session's cache already."""
         self._model, self._runtime_session = model, runtime_session
         self._turns = Turns()
-        self._ids: list[int] = []
+        self._ids = list(ids)
         self._closed, self._changes = False, 0
 
     @property
@@ -109,12 +125,18 @@ class Session:
         cancel: CancelToken | None = None,
         continuing: bool = True,
         ends: Sequence[int] = (),
+        same_text: bool = False,
+        dropped: int = 0,
+        dropped_messages: Sequence[int] = (),
     ) -> Iterator[Chunk]:
         """Continue a whole prompt of ids; what the cache already holds of it is not recomputed.
 
         continuing=False starts a text of its own, as a chat's reply is; `ends` are ids that end
-        the reply like the tokenizer's own. Raises what `forward` raises, here; NonFiniteError
-        while iterating, and ParameterError if the session was used otherwise meanwhile.
+        the reply like the tokenizer's own. same_text: where the cache spells the prompt's text in
+        other tokens, those stay (see `reuse.as_cached`). dropped and dropped_messages go into the
+        usage. Raises what `forward` raises, here, but for Cancelled, with which the reply ends;
+        NonFiniteError while iterating, and ParameterError if the session was used otherwise
+        meanwhile.
         """
         if params is not None and not isinstance(params, Sampling):
             raise ParameterError(f"params is {type(params).__name__}; allowed: Sampling")
@@ -122,14 +144,15 @@ class Session:
         need, have = len(checked), self._model.info.context
         if need > have:
             raise ContextOverflow(need, have)
-        with self._turns.turn(cancel, "generate"):
-            shared = self._shared(checked)
-            self._truncate(shared)
-            history, reading = tuple(self._ids), _Reading(self, self._changes)
+        try:
+            history, rest, reading = self._begin(checked, same_text, cancel)
+        except Cancelled:
+            usage = Usage(need, 0, 0, 0.0, 0.0, dropped, tuple(dropped_messages))
+            return iter([Chunk("", None, None, "cancelled", usage)])
         return generate(
             reading,
             self._model.tokenizer,
-            checked[shared:],
+            rest,
             params or Sampling(),
             context=have,
             max_tokens=max_tokens,
@@ -138,16 +161,51 @@ class Session:
             history=history,
             continuing=continuing,
             ends=ends,
+            dropped=dropped,
+            dropped_messages=dropped_messages,
         )
 
-    def _shared(self, ids: list[int]) -> int:
-        """Leading tokens that need no computing; the last one always does, for its logits."""
-        shared = 0
-        for mine, theirs in zip(self._ids, ids[:-1], strict=False):
-            if mine != theirs:
-                break
-            shared += 1
-        return shared
+    def _begin(
+        self, ids: list[int], same_text: bool, cancel: CancelToken | None
+    ) -> "tuple[tuple[int, ...], list[int], _Reading]":
+        """Forget what does not belong to the prompt: what is left, what is to be read, and how."""
+        self._open()  # before waiting: a fork's turn would never come
+        with self._turns.turn(cancel, "generate"):
+            if same_text:
+                kept = as_cached(self._ids, ids, self._model.tokenizer)
+                ids = kept if len(kept) <= self._model.info.context else ids
+            shared = shared_length(self._ids, ids[:-1])  # the last one is computed, for its logits
+            self._truncate(shared)
+            return tuple(self._ids), ids[shared:], _Reading(self, self._changes)
+
+    def save(self, path: "str | os.PathLike[str]", *, cancel: CancelToken | None = None) -> None:
+        """Write the conversation to a file, from which `Model.restore` goes on.
+
+        It holds the ids, and their keys and values: as many bytes as the part of the cache in use
+        (see `saved.py` for the format). An existing file is replaced, whole or not at all. Raises
+        OutputError; ParameterError for a runtime whose sessions cannot be saved (onnx, llama.cpp),
+        or for the model's own file; Cancelled, ForkedProcess.
+        """
+        from edgellama.saved import save_session
+
+        target = _checked_path(path)
+        if _same_file(target, self._model.info.path):
+            raise ParameterError("this is the model's own file", path=target, field="path")
+        session, fingerprint = _savable(self._open(), self._model)
+        with self._turns.turn(cancel, "save"):
+            self._open()
+            save_session(target, session, self._ids, fingerprint, cancel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the cache, and end a call that another thread is in; twice is harmless."""
@@ -158,6 +216,63 @@ class Session:
         with self._turns.turn():
             self._runtime_session.close()
             self._ids = []
+
+
+def restored(
+    model: "Model",
+    runtime_session: RuntimeSession,
+    path: "str | os.PathLike[str]",
+    *,
+    exact: bool,
+    cancel: CancelToken | None,
+) -> Session:
+    """A session of what `Session.save` wrote, in an empty runtime session: see `Model.restore`."""
+    from edgellama.saved import restore_session
+
+    try:
+        session, fingerprint = _savable(runtime_session, model)
+        ids = restore_session(
+            _checked_path(path),
+            session,
+            fingerprint=fingerprint,
+            context=model.info.context,
+            vocab_size=model.config.vocab_size,
+            exact=exact,
+            cancel=cancel,
+        )
+    except BaseException:
+        runtime_session.close()
+        raise
+    return Session(model, runtime_session, ids)
+
+
+def _savable(session: RuntimeSession, model: "Model") -> tuple[SavableSession, bytes]:
+    """The session and its model's fingerprint, if the runtime can save it; else ParameterError."""
+    runtime = model._runtime
+    if isinstance(session, SavableSession) and isinstance(runtime, SavingRuntime):
+        return session, runtime.fingerprint
+    name = model.device["runtime"]
+    raise ParameterError(
+        f"sessions of the {name} runtime cannot be saved or restored",
+        field="runtime",
+        value=name,
+        allowed="cpu, reference",
+        hint="Keep the messages instead, and let the model read them again",
+    )
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        problem = f"path is {type(path).__name__}; allowed: str or os.PathLike"
+        raise ParameterError(problem, field="path")
+    return Path(path)
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except (OSError, ValueError):  # one of them does not exist, or cannot be looked at
+        return False
 
 
 class _Reading:

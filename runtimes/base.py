@@ -4,9 +4,9 @@ A runtime holds one model's weights; a session of it holds one conversation's ke
 Knows nothing about text: ids in, logits out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from edgellama.control import CancelToken, Progress as Progress
 
@@ -61,6 +61,32 @@ class RuntimeSession(Protocol):
         ...
 
 
+@runtime_checkable
+class SavableSession(RuntimeSession, Protocol):
+    """A session whose keys and values can leave it as bytes and come back; see `saved.py`."""
+
+    cache_kind: str  # how they lie, such as "cpu f16": only equal kinds fit; ASCII, 1..32 long
+    cache_origin: str  # what computed them, to the bit; ASCII, 1..32 long
+
+    def cache_bytes(self, n: int) -> int:
+        """How many bytes the first `n` tokens take (0 <= n <= context)."""
+        ...
+
+    def export(self) -> Iterator["NDArray[np.uint8]"]:
+        """The bytes of all tokens in the cache, in pieces, and none of tokens that were forgotten.
+
+        The pieces are to be used before the session is.
+        """
+        ...
+
+    def adopt(self, n: int, fill: Callable[["NDArray[np.uint8]"], None]) -> None:
+        """Take over `n` tokens into an empty session: `fill` puts in the next bytes of an export.
+
+        If `fill` raises, the session is only to be closed.
+        """
+        ...
+
+
 class Runtime(Protocol):
     """One model's weights, ready to run. Sessions of it are independent."""
 
@@ -79,3 +105,10 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Free the weights; calling it twice is harmless."""
         ...
+
+
+@runtime_checkable
+class SavingRuntime(Runtime, Protocol):
+    """A runtime whose sessions are `SavableSession`s."""
+
+    fingerprint: bytes  # 32 bytes that tell the model from others

@@ -6,7 +6,7 @@ key/value caches. Knows nothing about operators (see `kernels.py`) or about text
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgellama import rope
 from edgellama.control import CancelToken, Turns
 from edgellama.errors import ForkedProcess, ParameterError, require_choice
+from edgellama.fingerprint import fingerprint
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.runtimes import abi, kernel_cache, levels
@@ -98,6 +99,7 @@ class Cpu:
             "device": "cpu",
             "threads": self.options.threads,
             "isa": self.level.name,
+            "prefill": "bfloat16 tiles" if len(self.programs) > 1 else "as decode",
             "reason": f"{self.level.name}: {self.level_reason}",
         }
 
@@ -151,6 +153,9 @@ class CpuSession:
         self.model = model
         self.position, self.closing = 0, CancelToken()
         self.cache = aligned(model.cache.total_bytes)
+        self.cache_kind = f"cpu {model.options.kv_type}"
+        tiles = len(model.programs) > 1  # they round differently
+        self.cache_origin = model.level.name + (", tiles" if tiles else "")
 
     def forward(
         self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
@@ -214,6 +219,25 @@ class CpuSession:
             raise ParameterError(f"the {what} is closed")
 
     def truncate(self, n: int) -> None:
+        self.position = n
+
+    def cache_bytes(self, n: int) -> int:
+        """Blocks are kept whole."""
+        return -(-n // abi.ATTENTION_BLOCK) * self.model.cache.block_bytes
+
+    def export(self) -> Iterator[NDArray[np.uint8]]:
+        self._check_open()
+        shape, cache, used = self.model.cache, self.cache, self.position % abi.ATTENTION_BLOCK
+        whole = self.position // abi.ATTENTION_BLOCK * shape.block_bytes
+        yield cache[:whole]
+        if used:
+            last = cache[whole : whole + shape.block_bytes].copy()
+            shape.blank(last, used)
+            yield last
+
+    def adopt(self, n: int, fill: Callable[[NDArray[np.uint8]], None]) -> None:
+        self._check_open()
+        fill(self.cache[: self.cache_bytes(n)])
         self.position = n
 
     def stop(self) -> None:

@@ -68,6 +68,27 @@ class CacheShape:
     def total_bytes(self) -> int:
         return padded(self.context, abi.ATTENTION_BLOCK) // abi.ATTENTION_BLOCK * self.block_bytes
 
+    def blank(self, block: NDArray[np.uint8], used: int) -> None:
+        """Zero, in one block, the keys and values of all but its first `used` positions (0..64)."""
+        size, lanes = abi.ATTENTION_BLOCK, abi.LANES
+        middle = self.n_kv_heads * size // lanes * abi.key_bytes(self.kind, self.head_dim)
+        end = middle + self.n_kv_heads * size * abi.value_bytes(self.kind, self.head_dim)
+        layers = block.reshape(self.n_layers, self.layer_bytes)
+        values = layers[:, middle:end].reshape(self.n_layers, self.n_kv_heads, size, -1)
+        values[:, :, used:] = 0
+        groups = (self.n_layers, self.n_kv_heads, size // lanes)
+        keys = layers[:, :middle].reshape(*groups, -1)
+        if self.kind == abi.KV_Q8_0:
+            records = keys.reshape(*groups, -1, (abi.BLOCK + 2) * lanes)
+            codes = abi.BLOCK * lanes
+            parts = [records[..., :codes].reshape(*groups, -1, abi.BLOCK, lanes, 1)]
+            parts += [records[..., codes:].reshape(*groups, -1, 1, lanes, 2)]
+        else:
+            parts = [keys.reshape(*groups, 1, self.head_dim, lanes, -1)]
+        for part in parts:  # (layers, heads, 4, records, columns, 16 positions, bytes)
+            for position in range(used, size):
+                part[:, :, position // lanes, :, :, position % lanes] = 0
+
     @property
     def most_splits(self) -> int:
         return -(-self.context // abi.ATTENTION_SPLIT)

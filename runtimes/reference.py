@@ -4,7 +4,7 @@ One method per operator. Weights are decoded to the runtime's dtype, and the key
 that dtype whatever `kv_type` says: an oracle rounds nothing. Knows nothing about layers or files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgellama import rope
 from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, require_choice
+from edgellama.fingerprint import fingerprint
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph, Node
 from edgellama.runtimes.base import Options
@@ -35,6 +36,7 @@ class Reference:
         loader = Loader(file, options, total)
         self.weights = {w: loader.array(w).astype(self.dtype, copy=False) for w in graph.weights}
         self.warnings = loader.warnings
+        self.fingerprint = fingerprint(file, graph)
         self.rope_factors = rope_factors(file, graph.config)
 
     def session(self) -> "ReferenceSession":
@@ -71,6 +73,8 @@ class ReferenceSession:
         self.position, self.stopped = 0, False
         empty = np.zeros((0, self.config.n_kv_heads, self.config.head_dim), model.dtype)
         self.cache = [(empty, empty) for _ in range(self.config.n_layers)]
+        self.cache_kind = f"reference {np.dtype(model.dtype).name}"
+        self.cache_origin = "NumPy"
 
     def forward(
         self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
@@ -107,6 +111,24 @@ class ReferenceSession:
 
     def truncate(self, n: int) -> None:
         self.cache = [(keys[:n], values[:n]) for keys, values in self.cache]
+        self.position = n
+
+    def cache_bytes(self, n: int) -> int:
+        item: int = np.dtype(self.model.dtype).itemsize
+        return 2 * self.config.n_layers * n * self.config.kv_dim * item
+
+    def export(self) -> Iterator[NDArray[np.uint8]]:
+        for layer in self.cache:
+            for array in layer:
+                yield np.ascontiguousarray(array[: self.position]).reshape(-1).view(np.uint8)
+
+    def adopt(self, n: int, fill: Callable[[NDArray[np.uint8]], None]) -> None:
+        shape = (n, self.config.n_kv_heads, self.config.head_dim)
+        for layer in range(self.config.n_layers):
+            keys, values = (np.empty(shape, self.model.dtype) for _ in range(2))
+            fill(keys.reshape(-1).view(np.uint8))
+            fill(values.reshape(-1).view(np.uint8))
+            self.cache[layer] = keys, values
         self.position = n
 
     def stop(self) -> None:
