@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import edgellama
-from edgellama.cli import options
+from edgellama.cli import options, upkeep
 from edgellama.cli.background import still_working
 from edgellama.cli.sampling import with_sampling
 from edgellama.cli.terminal import ReaderGone, Terminal, abandon_stdout, complain, prepare_streams
@@ -275,6 +275,10 @@ def diff(
     from edgellama.cli.diff import Choices, show_difference
 
     show_difference(ctx.obj, file, other, Choices(a, b, text, tolerance, accuracy, threads))
+
+
+for _command in upkeep.COMMANDS:
+    app.command()(_command)
 
 
 def run(arguments: list[str]) -> int:

@@ -172,6 +172,17 @@ Certificate = Annotated[
     str, _twin("--certificate", help="full or none: what `verify` compares with.")
 ]
 
+KvType = Annotated[str, _twin("--kv-type", help="f16, f32 or q8_0.")]
+Types = Annotated[
+    str | None, _twin("--types", help="Types of weights instead: Q4_K_M,Q8_0, or all.")
+]
+Into = Annotated[
+    Path | None, _twin("--into", help="A folder to ship with an app, for all processors.")
+]
+Levels = Annotated[
+    str | None, _twin("--levels", help="Instruction sets by name, with commas, or all.")
+]
+
 
 def _remember(ctx: typer.Context, param: typer.CallbackParam, value: bool) -> bool:
     setattr(ctx.ensure_object(Terminal), str(param.name), value)

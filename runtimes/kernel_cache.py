@@ -4,6 +4,8 @@ A kernel is a plain object file, loaded by LLVM alone: a process that finds its 
 imports Numba. Files are private to the user, written atomically, and checked before use: the name
 holds a hash of the kernels' source and of the compiler's version, the contents their own checksum.
 A damaged file is compiled anew; a folder that cannot be used costs a compilation, not a failure.
+An app can bring kernels along: their folder is searched first, and checked in the same way; see
+`shipped_kernels.py`.
 
 Knows nothing about what kernels do.
 """
@@ -11,6 +13,7 @@ Knows nothing about what kernels do.
 import ctypes
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -23,9 +26,10 @@ import llvmlite.binding as llvm
 import edgellama
 from edgellama import ggml
 from edgellama.control import CancelToken, Progress
-from edgellama.errors import OutputError
+from edgellama.errors import DeviceUnavailable, OutputError
 from edgellama.output import atomic_output
 from edgellama.paths import cache_dir
+from edgellama.runtimes import shipped_kernels
 from edgellama.runtimes.levels import Level
 from edgellama.runtimes.workshop import Workshop
 
@@ -57,7 +61,7 @@ _ENCODERS = [  # the same of quantize/
     "encode_simple",
 ]
 
-warnings: list[str] = []  # why kernels are not cached; for `model.info`
+warnings = shipped_kernels.warnings  # and why kernels are not cached; for `model.info`
 
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str], int] = {}  # (level, kernel) -> address
@@ -80,21 +84,36 @@ def addresses(
     names = list(dict.fromkeys(names))
     missing = [name for name in names if (level.name, name) not in _loaded]
     if missing:
-        objects = _objects(missing, level, progress, cancel)
+        objects = objects_of(missing, level, progress, cancel)
         with _lock:  # another caller may have loaded some meanwhile
             _load({k: v for k, v in objects.items() if (level.name, k) not in _loaded}, level)
     return {name: _loaded[level.name, name] for name in names}
 
 
-def _objects(
-    names: list[str], level: Level, progress: Progress | None, cancel: CancelToken | None
+def objects_of(
+    names: list[str],
+    level: Level,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
 ) -> dict[str, bytes]:
-    """Object code by kernel name, from the cache where it is there and sound."""
-    found = {name: code for name in names if (code := _read(_file(name, level))) is not None}
+    """Object code by kernel name: what is kept, and the rest compiled. Any level will do."""
+    found = kept(names, level)
     missing = [(name, level) for name in names if name not in found]
     if missing:
         made = _workshop.order(missing, progress, cancel, "compiling kernels")
         found |= {name: code for (name, _), code in made.items()}
+    return found
+
+
+def kept(names: Iterable[str], level: Level) -> dict[str, bytes]:
+    """Object code of the kernels that an app brought along, or that are in the cache."""
+    found = {}
+    for name in names:
+        code = _read(_named(shipped_kernels.folder(), name, level))
+        if code is None:
+            code = _read(_file(name, level))
+        if code is not None:
+            found[name] = code
     return found
 
 
@@ -106,7 +125,14 @@ def _make(name: str, level: Level) -> bytes:
 
 
 def _compile(name: str, level: Level) -> bytes:
-    from edgellama.runtimes.compiler import object_code
+    try:
+        from edgellama.runtimes.compiler import object_code
+    except ImportError as error:  # a frozen app may leave the compiler out
+        raise DeviceUnavailable(
+            f"the kernel {name} for {level.name} is not here, and what compiles it is not "
+            f"installed ({error})",
+            hint=f"Ship it: `edgellama warmup --into DIR`, and {shipped_kernels.VARIABLE}=DIR",
+        ) from error
 
     kind, _, type_name = name.partition(":")
     if kind in ("encode", "weighted"):
@@ -164,17 +190,24 @@ def _load(objects: dict[str, bytes], level: Level) -> None:
 @cache
 def _fingerprint() -> str:
     """Changes whenever a kernel or what compiles it does."""
-    facts = (llvmlite.__version__, llvm.get_default_triple(), edgellama.__version__, ggml.IQ4_NL)
-    digest = hashlib.sha256(repr(facts).encode())
+    triple = re.sub(r"(darwin|macosx)[0-9.]+", r"\1", llvm.get_default_triple())  # any release
+    facts = (llvmlite.__version__, triple, edgellama.__version__, ggml.IQ4_NL, sources_digest())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@cache
+def sources_digest() -> str:
+    """Of what kernels are made of. A frozen app has no sources: it brings the digest along."""
+    digest = hashlib.sha256()
     here = Path(__file__).parent
     sources = [here / f"{name}.py" for name in _SOURCES]
     sources += [here.parent / "quantize" / f"{name}.py" for name in _ENCODERS]
-    for source in sources:
-        try:
+    try:
+        for source in sources:
             digest.update(source.read_bytes())
-        except OSError:  # a frozen app without sources: its version has to do
-            digest.update(b"?")
-    return digest.hexdigest()[:16]
+    except OSError:
+        return shipped_kernels.sources() or "unknown"  # its version has to do
+    return digest.hexdigest()
 
 
 @cache
@@ -188,8 +221,16 @@ def _folder() -> Path | None:
 
 
 def _file(name: str, level: Level) -> Path | None:
-    folder = _folder()
+    return _named(_folder(), name, level)
+
+
+def _named(folder: Path | None, name: str, level: Level) -> Path | None:
     return folder and folder / f"{symbol(name)}-{level.name}-{_fingerprint()}.o"
+
+
+def is_current(file: str) -> bool:
+    """Whether a file of this name could be of use to this release."""
+    return file.endswith(f"-{_fingerprint()}.o")
 
 
 def _read(file: Path | None) -> bytes | None:
@@ -217,10 +258,26 @@ def _write(file: Path | None, code: bytes) -> None:
     if file is None:
         return
     try:
-        with atomic_output(file) as output:
-            output.write(_head(file, code) + code)
+        _put(file, code)
     except OSError as error:
         _LOG.warning("a kernel could not be cached: %s", error)
+
+
+def _put(file: Path, code: bytes) -> None:
+    with atomic_output(file) as output:
+        output.write(_head(file, code) + code)
+
+
+def ship(objects: dict[str, bytes], level: Level, folder: Path) -> int:
+    """Write kernels as files of a folder that an app brings along; returns bytes.
+
+    Raises OutputError.
+    """
+    for name, code in objects.items():
+        file = _named(folder, name, level)
+        assert file is not None
+        _put(file, code)
+    return sum(map(len, objects.values()))
 
 
 def function(address: int, n_arguments: int) -> Callable[..., None]:
