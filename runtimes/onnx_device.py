@@ -58,7 +58,7 @@ class Device:
             "cuda",
             CUDA,
             containers.EIGHT_BIT,
-            {"enable_cuda_graph": "1", "device_id": "0"},
+            {"enable_cuda_graph": "1"},
             {"session.disable_cpu_ep_fallback": "1", "ep.cuda.fpa_intb_gemm": "1"},
         )
 

@@ -108,6 +108,7 @@ class FolderWriter:
             "version": VERSION,
             "containers": self.how,
             "tied_output": self.graph.config.tied_output,
+            "vocab_size": self.graph.config.vocab_size,
             "tensors": dict(self.types),
             "files": files,
             "notes": self.notes,
@@ -148,7 +149,6 @@ class FolderWriter:
     ) -> None:
         """A GGUF file with every key and no weights, for the reader that checks them."""
         kept = {k: v for k, v in metadata.items() if not k.startswith(_GIVEN_ANEW)}
-        kept.setdefault("llama.vocab_size", self.graph.config.vocab_size)
         planned = []
         if factors is not None:
             planned = [PlannedTensor(ROPE_FACTORS, (len(factors),), "F32", "F32", "")]

@@ -5,15 +5,16 @@ graph is made anew and compared to the byte. Whatever differs is refused, by nam
 Knows nothing about how the graph is run.
 """
 
+import hashlib
 import hmac
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgellama.config import ModelConfig, config_from_gguf
+from edgellama.config import MOST_VOCAB, ModelConfig, config_from_gguf
 from edgellama.control import CancelToken, Progress
 from edgellama.errors import (
     EdgeLlamaError,
@@ -55,6 +56,7 @@ class OnnxFolder:
     layout: Layout
     rope_factors: list[float] | None
     notes: list[str]
+    fingerprint: bytes  # 32 bytes that tell the model from others
 
     @property
     def graph(self) -> Graph:
@@ -101,7 +103,14 @@ def open_folder(
         raise
     file.path, file.n_bytes = path, sum(sizes.values())
     file.tensors |= _declared(layout)
-    return OnnxFolder(path, file, layout, factors, [str(note) for note in manifest["notes"]])
+    notes = [str(note) for note in manifest["notes"]]
+    return OnnxFolder(path, file, layout, factors, notes, _fingerprint(file, config, manifest))
+
+
+def _fingerprint(file: GGUF, config: ModelConfig, manifest: dict[str, Any]) -> bytes:
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    told = (replace(config, name=""), tokens, manifest["files"][DATA_FILE]["sha256"])
+    return hashlib.sha256(repr(told).encode(errors="surrogatepass")).digest()
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -146,7 +155,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     if found.get("containers") not in (containers.EXACT, containers.EIGHT_BIT):
         allowed = f"{containers.EXACT} or {containers.EIGHT_BIT}"
         raise _field(where, "containers", found.get("containers"), allowed)
-    for name, kind in (("tied_output", bool), ("tensors", dict), ("files", dict), ("notes", list)):
+    kinds = {"tied_output": bool, "vocab_size": int, "tensors": dict, "files": dict, "notes": list}
+    for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise _field(where, name, found.get(name), kind.__name__)
     _check_files(where, found["files"])
@@ -177,7 +187,10 @@ def _config(file: GGUF, manifest: dict[str, Any]) -> ModelConfig:
     if others := set(file.tensors) - {ROPE_FACTORS}:
         problem = f"holds the tensor {shown(min(others))}; only metadata belongs here"
         raise ModelFormatError(problem, path=file.path, hint=AGAIN)
-    return config_from_gguf(file.metadata, tied_output=manifest["tied_output"], path=file.path)
+    rows, tied = manifest["vocab_size"], manifest["tied_output"]
+    if isinstance(rows, bool) or not 1 <= rows <= MOST_VOCAB:
+        raise _field(file.path.parent / MANIFEST, "vocab_size", rows, f"1..{MOST_VOCAB}")
+    return config_from_gguf(file.metadata, vocab_rows=rows, tied_output=tied, path=file.path)
 
 
 def _types(manifest: dict[str, Any], config: ModelConfig, path: Path) -> dict[str, str]:

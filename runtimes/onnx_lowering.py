@@ -30,7 +30,7 @@ from edgellama.runtimes.onnx_wire import (
 
 DATA_FILE = "model.onnx.data"
 LOGITS = "output"
-CANDIDATES = ("top.logits", "top.ids", "top.log_sum")  # the likeliest of each row, and of all
+CANDIDATES = ("top.logits", "top.ids", "top.log_p")  # the likeliest tokens of each row
 NEXT, NEXT_PAST = "next", "past.next"  # the likeliest of a single row, and `past` one further
 ROTATED = 16  # the attention itself rotates heads and parts of heads of multiples of this only
 HEADS = 8  # it takes heads of multiples of this: others are padded with zeros
@@ -100,22 +100,23 @@ class _Lowering:
     def _choices(self, count: int) -> None:
         """The likeliest tokens; and what a step needs to be fed with its own result.
 
-        `past.next` depends on `next`, so that it is written last.
+        `past.next` depends on `next`, so that it is written last. No reductions: on CUDA they
+        would need cuDNN.
         """
-        logits, ids, log_sum = CANDIDATES
+        logits, ids, log_p = CANDIDATES
         self.node("TopK", [LOGITS, self._shape(count)], [logits, ids], axis=-1, sorted=1)
-        self.node("ReduceLogSumExp", [LOGITS, self._shape(-1)], [log_sum], keepdims=0)
-        self.node("ArgMax", [LOGITS], [NEXT], axis=-1, keepdims=0)
+        every = self.node("LogSoftmax", [LOGITS], ["log_p"], axis=-1)
+        self.node("GatherElements", [every, ids], [log_p], axis=-1)
+        first = self.node("Slice", [ids, *map(self._shape, (0, 1, 2))], ["next.first"])
+        self.node("Reshape", [first, self._shape(1, -1)], [NEXT])
         narrow = self.node("Cast", [NEXT], ["next.int32"], to=DTYPES["int32"])
-        one, none = (self._number(value) for value in (1, 0))
-        zero = self.node("Mul", [narrow, none], ["next.zero"])
-        zero = self.node("Reshape", [zero, self._shape(-1)], ["next.zero.flat"])
-        further = self.node("Add", ["past", one], ["past.further"])
-        self.node("Add", [further, zero], [NEXT_PAST])
+        zero = self.node("Mul", [narrow, self._number(0)], ["next.zero"])
+        flat = self.node("Reshape", [zero, self._shape(-1)], ["next.zero.flat"])
+        further = self.node("Add", ["past", self._number(1)], ["past.further"])
+        self.node("Add", [further, flat], [NEXT_PAST])
         info = self.model.outputs
-        info.append(ValueInfo(logits, "float32", (1, "r", count)))
+        info += [ValueInfo(name, "float32", (1, "r", count)) for name in (logits, log_p)]
         info.append(ValueInfo(ids, "int64", (1, "r", count)))
-        info.append(ValueInfo(log_sum, "float32", (1, "r")))
         info.append(ValueInfo(NEXT, "int64", (1, "r")))
         info.append(ValueInfo(NEXT_PAST, "int32", ("r",)))
 

@@ -47,7 +47,7 @@ class Ort:
             how = self.device.containers
             source, self.warnings = transcoded(source, graph, options, how)
             source.close()  # its metadata is not needed: only the data file is
-        self.folder = source
+        self.folder, self.fingerprint = source, source.fingerprint
         self.turns = Turns()  # one step at a time, as the other runtimes do
         self.sessions: weakref.WeakSet[OrtSession] = weakref.WeakSet()
         self.pid, self.closed = os.getpid(), False
@@ -100,7 +100,7 @@ class Ort:
             "version": self.api.get_version_string(),
             "providers": session.get_providers(),
             "nodes": _placement(session),
-            "accuracy": self.manner.accuracy,
+            "accuracy": self.manner.accuracy if self.device.name == "cpu" else None,
             "kv_type": {"float32": "f32", "float16": "f16"}.get(self.manner.dtype, "bf16"),
             "weights": list(self.folder.notes),
             "telemetry": self.telemetry,

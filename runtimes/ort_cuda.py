@@ -5,6 +5,7 @@ it gives all logits, the likeliest few, or feeds the likeliest back by itself.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellama.control import CancelToken
-from edgellama.errors import ContextOverflow, OutOfMemory
+from edgellama.errors import ContextOverflow, OutOfMemory, ParameterError
 from edgellama.runtimes.onnx_lowering import (
     CANDIDATES,
     LOGITS,
@@ -95,7 +96,7 @@ class CudaSession(OrtSession):
             LOGITS: self._room((1, 1, vocab), "float32"),
             CANDIDATES[0]: self._room((1, 1, count), "float32"),
             CANDIDATES[1]: self._room((1, 1, count), "int64"),
-            CANDIDATES[2]: self._room(one, "float32"),
+            CANDIDATES[2]: self._room((1, 1, count), "float32"),
             NEXT: self._room(one, "int64"),
             NEXT_PAST: self._room((1,), "int32"),
         }
@@ -129,8 +130,8 @@ class CudaSession(OrtSession):
     def candidates(self, token: int, cancel: CancelToken | None = None) -> Candidates:
         """One more token; the likeliest to follow. A few hundred bytes leave the device."""
         self._step(token, cancel)
-        logits, ids, log_sum = (self.got[name].numpy() for name in CANDIDATES)
-        return Candidates(ids[0, 0].copy(), logits[0, 0].copy(), float(log_sum[0, 0]))
+        logits, ids, log_p = (self.got[name].numpy()[0, 0].copy() for name in CANDIDATES)
+        return Candidates(ids, logits, float(logits[0] - log_p[0]))
 
     def greedy(self, token: int, n: int, cancel: CancelToken | None = None) -> list[int]:
         """Append `token`, then the likeliest again and again: the n that follow, all but the last
@@ -163,6 +164,27 @@ class CudaSession(OrtSession):
         for name, array in sent.items():
             if name in self.given:
                 self.given[name].update_inplace(array)
+
+    # --- keys and values as bytes -----------------------------------------------------------------
+
+    def export(self) -> Iterator[NDArray[np.uint8]]:
+        for name in self._savable():
+            kept = self.kept[name].numpy()[0, :, : self.position]  # (heads, tokens, width)
+            yield np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
+
+    def adopt(self, n: int, fill: Callable[[NDArray[np.uint8]], None]) -> None:
+        for name in self._savable():
+            whole = np.zeros(self.kept[name].shape(), self.model.manner.dtype)
+            room = np.empty((whole.shape[1], n, whole.shape[3]), whole.dtype)
+            fill(room.reshape(-1).view(np.uint8))
+            whole[0, :, :n] = room
+            self.kept[name].update_inplace(whole)
+        self.position = n
+
+    def _savable(self) -> list[str]:
+        if self.model.manner.dtype == "bfloat16":
+            raise ParameterError("keys and values in bfloat16 cannot be saved", field="dtype")
+        return cache_names(self.model.graph.config.n_layers)
 
     def close(self) -> None:
         super().close()

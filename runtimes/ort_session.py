@@ -49,6 +49,8 @@ class OrtSession:
         self.positions = np.zeros((1, 1), np.int64)
         self.past, self.total = np.zeros(1, np.int32), np.zeros((), np.int32)
         self.one = np.zeros((1, 1, vocab), np.float32)
+        self.cache_kind = f"onnx {model.manner.dtype}"
+        self.cache_origin = f"onnxruntime {model.api.get_version_string()} {model.manner.accuracy}"
         self.kept = self._kept()
         self.prefill, self.decode = self._binding(), self._step_binding()
         self.run_options = self._run_options()
@@ -59,10 +61,10 @@ class OrtSession:
         shape = (1, c.n_kv_heads, model.options.context, cache_width(c))
         dtype = np.dtype(model.manner.dtype)
         try:  # pages that are not touched cost nothing
-            arrays = {name: np.zeros(shape, dtype) for name in cache_names(c.n_layers)}
+            self.cache = {name: np.zeros(shape, dtype) for name in cache_names(c.n_layers)}
         except MemoryError as error:
             raise _no_room(model.options.context) from error
-        arrays |= {"cos": model.angles.cos, "sin": model.angles.sin}
+        arrays = self.cache | {"cos": model.angles.cos, "sin": model.angles.sin}
         return {name: self._value(array) for name, array in arrays.items()}
 
     def _run_options(self) -> Any:
@@ -173,6 +175,25 @@ class OrtSession:
     def truncate(self, n: int) -> None:
         self.position = n
 
+    # --- keys and values as bytes, see `base.SavableSession` --------------------------------------
+
+    def cache_bytes(self, n: int) -> int:
+        c = self.model.graph.config
+        item = 4 if self.model.manner.dtype == "float32" else 2
+        return 2 * c.n_layers * c.n_kv_heads * cache_width(c) * n * item
+
+    def export(self) -> Iterator[NDArray[np.uint8]]:
+        for array in self.cache.values():
+            kept = array[0, :, : self.position]  # (heads, tokens, width)
+            yield np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
+
+    def adopt(self, n: int, fill: Callable[[NDArray[np.uint8]], None]) -> None:
+        for array in self.cache.values():
+            room = np.empty((array.shape[1], n, array.shape[3]), array.dtype)
+            fill(room.reshape(-1).view(np.uint8))
+            array[0, :, :n] = room
+        self.position = n
+
     def stop(self) -> None:
         self.stopped = True
         self.terminate()
@@ -180,7 +201,7 @@ class OrtSession:
     def close(self) -> None:
         self.stop()
         with self.model.turns.turn():
-            self.kept = {}
+            self.kept, self.cache = {}, {}
             self.decode = self.prefill = None
 
 

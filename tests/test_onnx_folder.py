@@ -295,7 +295,7 @@ def test_every_lowering_is_sound(dtype: str, fused: bool, head_dim: int) -> None
             numbers = {kind for kind in known if kind not in (2, 6, 7)}
             assert numbers <= {half}, (node.name, numbers)
         cast = next((a.i for a in node.attribute if a.name == "to"), None)
-        kinds_out = {"ArgMax": 7, "Gather": known[0]}
+        kinds_out = {"Gather": known[0]}
         for i, name in enumerate(filter(None, node.output)):
             assert name not in typed
             out = cast or kinds_out.get(node.op_type, known[0] if known[0] != 2 else half)

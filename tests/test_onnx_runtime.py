@@ -129,6 +129,22 @@ def test_sessions_are_independent(model: edgellama.Model, tokens: list[int]) -> 
     assert nmse(model.session().forward(tokens[:21]), one.forward(tokens[20:21])) < EXACT
 
 
+def test_saved_and_restored(made: Made, tokens: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    with load(made("gqa", "Q8_0")) as model:
+        session = model.session()
+        session.forward(tokens[:30])
+        session.truncate(20)
+        session.save(path)
+        wanted = session.forward(tokens[20:25])
+    with load(made("gqa", "Q8_0")) as model:
+        session = model.restore(path)
+        assert session.position == 20
+        np.testing.assert_array_equal(session.forward(tokens[20:25]), wanted)
+    with load(made("gqa", "Q4_0")) as other, pytest.raises(edgellama.EdgeLlamaError):
+        other.restore(path)
+
+
 def test_a_full_context_is_refused_before_it_runs(made: Made, tokens: list[int]) -> None:
     with load(made("gqa", "Q4_1"), context=40) as model:
         session = model.session()

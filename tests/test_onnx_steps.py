@@ -147,3 +147,21 @@ def test_default_model_in_half_precision(default_model: Path) -> None:
     p, q = log_probabilities(wanted), log_probabilities(found)
     assert divergence(p, q).mean() < 2e-2  # activations are rounded to 8 bits in both
     assert runtime.session().greedy(tokens[0], 3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_and_values_leave_and_come_back(made: Made, name: str) -> None:
+    """As bytes, between sessions in the device's memory."""
+    runtime, _ = made(name, "Q8_0")
+    one, other = runtime.session(), runtime.session()
+    one.forward(TOKENS[:20])
+    one.truncate(12)
+    pieces = [piece.copy() for piece in one.export()]
+    assert sum(map(len, pieces)) == one.cache_bytes(12)
+
+    def fill(room: np.ndarray) -> None:
+        room[:] = pieces.pop(0)
+
+    other.adopt(12, fill)
+    assert other.position == 12 and not pieces
+    np.testing.assert_array_equal(one.forward([5]), other.forward([5]))
