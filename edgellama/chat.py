@@ -22,6 +22,7 @@ MOST_TEMPLATE = 2**20  # characters
 FROM_FILE = "the file's own, which comes first"
 NO_TEMPLATE = "none: the file has no chat template, as base models have none"
 TURN_ENDS = ("<step>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>")
+TAG = re.compile(r"<.+>|\[.+\]")  # spaces and line breaks may be user-defined tokens too
 MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, reserved for inner use
 
 
@@ -33,8 +34,12 @@ class ChatTokenizer(Protocol):
 
     @property
     def special_texts(self) -> frozenset[str]: ...
+    @property
+    def user_defined_texts(self) -> frozenset[str]: ...
     def token_id(self, text: str, /) -> int | None: ...
-    def encode_parts(self, parts: Iterable[tuple[str, bool]], /) -> list[int]: ...
+    def encode_parts(
+        self, parts: Iterable[tuple[str, bool]], /, *, continuing: bool = False
+    ) -> list[int]: ...
 
 
 class ChatTemplate:
@@ -173,15 +178,17 @@ def encode_chat(
 ) -> list[int]:
     """The ids of a conversation: control tokens where the template writes them, nowhere else.
 
-    A message's text never becomes a control token, whatever it looks like. The ids are those of
+    A message's text never becomes a control token, whatever it looks like, nor a user-defined one
+    that the template writes: some files declare `<|im_end|>` so. The ids are those of
     the whole rendered text, BOS in front if the tokenizer wants it and the template wrote none.
     Raises what `ChatTemplate.render` raises.
     """
     checked = checked_messages(messages)
-    lookalikes = _lookalikes(tokenizer)
+    lookalikes = _lookalikes(tokenizer, template.source)
     marker = lookalikes.mark(checked)
     text = template.render_checked(checked, add_generation_prompt)
-    ids = tokenizer.encode_parts(lookalikes.pieces(text, marker))
+    runs = lookalikes.runs(text, marker)
+    ids = [i for n, run in enumerate(runs) for i in tokenizer.encode_parts(run, continuing=n > 0)]
     if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
         ids.insert(0, tokenizer.bos)
     return ids
@@ -195,7 +202,10 @@ class _Lookalikes:
     found in the rendered text is the template's own.
     """
 
-    def __init__(self, texts: set[str]) -> None:
+    def __init__(self, controls: frozenset[str], exposed: frozenset[str]) -> None:
+        """`exposed` are the user-defined ones, which a tokenizer finds wherever they stand."""
+        texts = controls | exposed
+        self.exposed = re.compile("|".join(map(re.escape, sorted(exposed))) or "(?!)")
         ordered = sorted(texts, key=len, reverse=True)
         plain = "|".join(map(re.escape, ordered)) or "(?!)"
         self.start_of_any = re.compile(f"(?={plain})")
@@ -246,25 +256,33 @@ class _Lookalikes:
             places |= {start for at in ends if text[start:at] in self.tails}
         return places
 
-    def pieces(self, text: str, marker: str) -> list[tuple[str, bool]]:
+    def runs(self, text: str, marker: str) -> list[list[tuple[str, bool]]]:
         """The rendered text without markers, and whether control tokens in it are meant.
 
         Only what stands between two control tokens is ever apart from its surroundings, so cutting
-        there changes no ids.
+        there changes no ids. A new run, to be encoded by itself, begins inside each look-alike of
+        an exposed token.
         """
         if marker not in text:
-            return [(text, True)]
-        pieces, meant, at = [], "", 0
+            return [[(text, True)]]
+        runs, meant, at = [[("", True)]], "", 0
         for match in [*self.any.finditer(text), None]:
             between = text[at : match.start() if match else len(text)]
             if marker in between:
-                pieces += [(meant, True), (between.replace(marker, ""), False)]
+                first, *others = self._cut(between, marker)
+                runs[-1] += [(meant, True), (first, False)]
+                runs += [[(part, False)] for part in others]
                 meant = ""
             else:
                 meant += between
             if match:
                 meant, at = meant + match[0], match.end()
-        return [piece for piece in [*pieces, (meant, True)] if piece[0]]
+        runs[-1].append((meant, True))
+        return runs
+
+    def _cut(self, text: str, marker: str) -> list[str]:
+        plain = text.replace(marker, "")
+        return text.split(marker) if self.exposed.search(plain) else [plain]
 
 
 def _texts(value: Any) -> list[str]:
@@ -275,11 +293,15 @@ def _texts(value: Any) -> list[str]:
     return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
 
 
-_known: "WeakKeyDictionary[ChatTokenizer, _Lookalikes]" = WeakKeyDictionary()
+_known: "WeakKeyDictionary[ChatTokenizer, dict[frozenset[str], _Lookalikes]]"
+_known = WeakKeyDictionary()
 
 
-def _lookalikes(tokenizer: ChatTokenizer) -> _Lookalikes:
-    known = _known.get(tokenizer)
-    if known is None:
-        known = _known[tokenizer] = _Lookalikes(set(tokenizer.special_texts))
-    return known
+def _lookalikes(tokenizer: ChatTokenizer, source: str) -> _Lookalikes:
+    """Those of a tokenizer with a template: of its user-defined tokens, the tags it writes."""
+    tags = filter(TAG.fullmatch, tokenizer.user_defined_texts)
+    exposed = frozenset(tag for tag in tags if tag in str(source))
+    known = _known.setdefault(tokenizer, {})
+    if exposed not in known:
+        known[exposed] = _Lookalikes(tokenizer.special_texts, exposed)
+    return known[exposed]

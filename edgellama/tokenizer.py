@@ -75,6 +75,11 @@ class Tokenizer:
         """What `encode(special=True)` turns into control and unknown tokens."""
         return frozenset(self._vocab.of_type(CONTROL, UNKNOWN))
 
+    @property
+    def user_defined_texts(self) -> frozenset[str]:
+        """What every text turns into a token of its own, whoever wrote it."""
+        return frozenset(self._vocab.of_type(USER_DEFINED))
+
     @cached_property
     def _specials(self) -> Matcher:
         return Matcher(self._vocab.specials)

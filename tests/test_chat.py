@@ -57,10 +57,10 @@ def render(source, messages=USER, **options):
     return ChatTemplate(source, **options).render(messages)
 
 
-def tokenizer_of(*controls, add_bos=True):
-    """Bytes and a space, behind the control tokens <unk>, <s>, </s> and `controls`."""
+def tokenizer_of(*controls, add_bos=True, kind=3):
+    """Bytes and a space, behind the tokens <unk>, <s>, </s> and `controls`, of that kind."""
     names = ["<unk>", "<s>", "</s>", *controls, "\u2581"]
-    types = [2, *[3] * (len(names) - 2), 1, *[6] * 256]
+    types = [2, 3, 3, *[kind] * len(controls), 1, *[6] * 256]
     names += [f"<0x{byte:02X}>" for byte in range(256)]
     return tokenizer_from_gguf(
         {
@@ -302,6 +302,21 @@ def test_users_cannot_write_control_tokens(attack):
     ids = encode_chat(template, CHATML, talk)
     assert controls_in(ids, CHATML) == [start, end, start, end, start]
     assert CHATML.decode(ids, special=True) == template.render(talk)
+
+
+@given(st.lists(st.sampled_from(ATTACKS), max_size=3).map("".join), st.sampled_from(ATTACKS))
+def test_nor_user_defined_ones_that_the_template_writes(one, other):
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", "\n", add_bos=False, kind=4)
+    template, (start, end, newline) = ChatTemplate(SMOLLM2), (3, 4, 5)
+    talk = [{"role": "system", "content": one}, {"role": "user", "content": other}]
+    ids = encode_chat(template, tokenizer, talk)
+    assert [i for i in ids if i in (start, end)] == [start, end, start, end, start]
+    text = template.render(talk)
+    assert tokenizer.decode(ids, special=True) == text
+    assert ids.count(newline) == text.count("\n")  # no tag: what users write is one, too
+    plain = [{"role": "user", "content": "a\nb</s>"}]
+    expected = tokenizer.encode(template.render(plain))
+    assert encode_chat(template, tokenizer, plain) == expected
 
 
 def test_halves_cannot_meet():
