@@ -32,7 +32,7 @@ CASES = (  # golden case, format, vocabulary, messages
     ("llama3.1-instruct", "llama-3.1", "llama3", TALK),
     ("llama3.1-instruct-nosys", "llama-3.1", "llama3", NO_SYSTEM),
     ("llama3.2-instruct", "llama-3.2", "llama3", TALK),
-    ("llama3.2-instruct-nosys", "llama-3.2", "llama3_ranks", NO_SYSTEM),
+    ("llama3.2-instruct-nosys", "llama-3.2", "llama3", NO_SYSTEM),
     ("codellama-70b-instruct-meta", "codellama-70b", "llama2+16", TALK),
     ("codellama-70b-instruct-hf", "codellama-70b-hf", "llama2+16", TALK),
     ("alpaca-noinput", "alpaca", "llama2", FIRST),
