@@ -92,6 +92,8 @@ def _run(
     prompt: Annotated[
         str | None, typer.Argument(help="What to answer; from stdin if absent or `-`.")
     ] = None,
+    file: options.PromptFile = None,
+    separator: options.Separator = None,
     raw: options.Raw = False,
     system: options.System = None,
     template: options.Template = None,
@@ -107,28 +109,25 @@ def _run(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Answer one prompt; stdout gets the text alone."""
+    """Answer a prompt, or each of a file; stdout gets the text alone."""
     from edgellama.cli.reply import Running, Wording
-    from edgellama.cli.run import run_prompt
+    from edgellama.cli.run import Manner, prompts_of, run_prompt, run_prompts
 
     how, wording = Running.of(ctx.params), Wording.of(ctx.params)
-    if infill is None:
-        run_prompt(
-            ctx.obj,
-            model,
-            prompt,
-            raw=raw,
-            system=system,
-            template=template,
-            how=how,
-            wording=wording,
-        )
-        return
-    if prompt is not None or raw or system is not None or template is not None:
-        raise ParameterError("--infill takes two files, and no prompt, --raw, --system, --template")
-    from edgellama.cli.infill import run_infill
+    manner = Manner(how, wording, raw, system, template)
+    if infill is not None:
+        if raw or (prompt, file, system, template) != (None, None, None, None):
+            problem = "--infill takes two files, and no prompt, --file, --raw, --system, --template"
+            raise ParameterError(problem)
+        from edgellama.cli.infill import run_infill
 
-    run_infill(ctx.obj, model, infill, suffix_first=suffix_first, how=how, wording=wording)
+        run_infill(ctx.obj, model, infill, suffix_first=suffix_first, how=how, wording=wording)
+    elif file is None:
+        run_prompt(ctx.obj, model, prompt, manner)
+    elif prompt is not None:
+        raise ParameterError("the prompts come from --file; a prompt was given too")
+    else:
+        run_prompts(ctx.obj, model, prompts_of(ctx.obj, file, separator), manner)
 
 
 @app.command()

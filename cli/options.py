@@ -22,8 +22,8 @@ def _sampling(name: str, *shorts: str, default: str, help: str) -> Any:
     return _twin(name, *shorts, help=help, show_default=default)
 
 
-Runtime = Annotated[str, _twin("--runtime", help="auto, cpu, reference or llama.cpp.")]
-Device = Annotated[str, _twin("--device", help="auto or cpu.")]
+Runtime = Annotated[str, _twin("--runtime", help="auto, cpu, onnx, reference or llama.cpp.")]
+Device = Annotated[str, _twin("--device", help="auto, cpu or cuda (with onnx).")]
 Threads = Annotated[
     int | None, _twin("--threads", min=1, show_default="physical cores", help="Worker threads.")
 ]
@@ -172,6 +172,13 @@ Certificate = Annotated[
     str, _twin("--certificate", help="full or none: what `verify` compares with.")
 ]
 
+PromptFile = Annotated[  # without twins: what is asked is no setting
+    Path | None, typer.Option("--file", help="A file of prompts, one a line; - is stdin.")
+]
+Separator = Annotated[
+    str | None,
+    typer.Option("--separator", help="Prompts of --file end at a line that is this text alone."),
+]
 KvType = Annotated[str, _twin("--kv-type", help="f16, f32 or q8_0.")]
 Types = Annotated[
     str | None, _twin("--types", help="Types of weights instead: Q4_K_M,Q8_0, or all.")

@@ -1,55 +1,149 @@
-"""`edgellama run`: one prompt, one answer; stdout gets the text and nothing else."""
+"""`edgellama run`: an answer to a prompt, or to each of a file; stdout gets the text alone."""
 
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from edgellama.cli.reply import Running, Wording, finish, load_model, show_reply
-from edgellama.cli.templates import asked_template, source_of, template_of
+from edgellama.cli.reply import Reply, Running, Wording, finish, load_model, show_reply
+from edgellama.cli.templates import Asked, asked_template, source_of, template_of
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
-from edgellama.errors import ParameterError
+from edgellama.errors import EdgeLlamaError, ParameterError
+
+if TYPE_CHECKING:
+    import edgellama
 
 LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and `yes |` never ends
 
 
-def run_prompt(
-    terminal: Terminal,
-    name: str,
-    prompt: str | None,
-    *,
-    raw: bool,
-    system: str | None,
-    template: str | None,
-    how: Running,
-    wording: Wording,
-) -> None:
-    asked = asked_template(template)
-    if asked is not None and raw:
-        raise ParameterError("--template and --raw contradict each other")
+@dataclass(frozen=True)
+class Manner:
+    """How prompts are to be answered: what the command line asks for."""
+
+    how: Running
+    wording: Wording
+    raw: bool = False
+    system: str | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Several prompts, and what stands between their replies."""
+
+    texts: list[str]
+    separator: str
+
+
+def run_prompt(terminal: Terminal, name: str, prompt: str | None, manner: Manner) -> None:
+    asked = _asked(manner)
     text = _checked(_from_stdin(terminal) if prompt in (None, "-") else prompt or "")
-    params, cancel = wording.params(), CancelToken()
-    with load_model(terminal, name, how) as model:
-        chat = not raw and (asked is not None or model.info.template is not None)
-        if system is not None and not chat:
+    with load_model(terminal, name, manner.how) as model:
+        answering = _Answering(terminal, model, manner, asked)
+        reply = answering.reply(text)
+    finish(terminal, reply, answering.about)
+
+
+def run_prompts(terminal: Terminal, name: str, prompts: Prompts, manner: Manner) -> None:
+    """Each prompt is answered as if it were the only one."""
+    asked, replies = _asked(manner), []
+    with load_model(terminal, name, manner.how) as model:
+        answering = _Answering(terminal, model, manner, asked)
+        for number, text in enumerate(prompts.texts, 1):
+            if number > 1 and not terminal.json:
+                terminal.write(f"{prompts.separator}\n")
+            try:
+                reply = answering.reply(text)
+            except EdgeLlamaError:
+                terminal.note(f"prompt {number} of {len(prompts.texts)} failed:")
+                raise
+            replies.append({"prompt": text} | reply.document())
+            terminal.note(f"prompt {number} of {len(prompts.texts)}: {reply.footer()}")
+            if reply.interrupted:
+                break
+    if terminal.json:
+        terminal.document(answering.about | {"replies": replies})
+    if reply.interrupted:
+        raise KeyboardInterrupt
+
+
+class _Answering:
+    """A loaded model, and how it is asked."""
+
+    def __init__(
+        self, terminal: Terminal, model: "edgellama.Model", manner: Manner, asked: Asked | None
+    ) -> None:
+        self.terminal, self.model, self.manner, self.asked = terminal, model, manner, asked
+        self.params = manner.wording.params()
+        self.chat = not manner.raw and (asked is not None or model.info.template is not None)
+        if manner.system is not None and not self.chat:
             raise ParameterError("--system needs the chat template, which is not in use here")
-        source = source_of(asked, model) if chat else None
-        if chat:
+        source = source_of(asked, model) if self.chat else None
+        if self.chat:
             terminal.note(f"The chat template in use is {source}; --raw leaves it out.")
-        elif not raw:
+        elif not manner.raw:
             terminal.note("The file has no chat template: the model continues the text.")
+        self.about: dict[str, Any] = {
+            "model": str(model.info.path),
+            "device": model.device,
+            "chat": self.chat,
+            "template_source": source,
+        }
+
+    def reply(self, text: str) -> Reply:
+        model, system, cancel = self.model, self.manner.system, CancelToken()
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        limits = wording.limits(cancel)
-        reply = show_reply(
-            terminal,
+        limits = self.manner.wording.limits(cancel)
+        template = template_of(self.asked, model)
+        return show_reply(
+            self.terminal,
             lambda: (
-                model.chat(messages, params, template=template_of(asked, model), **limits)
-                if chat
-                else model.generate(text, params, **limits)
+                model.chat(messages, self.params, template=template, **limits)
+                if self.chat
+                else model.generate(text, self.params, **limits)
             ),
             cancel,
         )
-        about = {"model": str(model.info.path), "device": model.device, "chat": chat}
-    finish(terminal, reply, about | {"template_source": source})
+
+
+def _asked(manner: Manner) -> Asked | None:
+    asked = asked_template(manner.template)
+    if asked is not None and manner.raw:
+        raise ParameterError("--template and --raw contradict each other")
+    manner.wording.params()  # complains before a model is loaded
+    return asked
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def prompts_of(terminal: Terminal, file: Path, separator: str | None) -> Prompts:
+    """The prompts in a file (`-`: stdin): one a line, or with a separator, what stands between
+    lines that hold it alone. Empty ones are left out.
+    """
+    if file == Path("-"):
+        text = _from_stdin(terminal)
+    else:
+        with file.open("rb") as stream:
+            text = _decoded(stream.read(LONGEST_PROMPT + 1), f"--file {file.name}")
+    lines = text.replace("\r\n", "\n").split("\n")
+    texts = lines if separator is None else _blocks(lines, separator)
+    kept = [_checked(text) for text in texts if text.strip()]
+    if not kept:
+        raise ParameterError(f"--file {file.name} holds no prompt")
+    return Prompts(kept, separator or "")
+
+
+def _blocks(lines: list[str], separator: str) -> list[str]:
+    blocks: list[list[str]] = [[]]
+    for line in lines:
+        if line == separator:
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    return ["\n".join(block).strip("\n") for block in blocks]
 
 
 def _from_stdin(terminal: Terminal) -> str:
@@ -57,13 +151,17 @@ def _from_stdin(terminal: Terminal) -> str:
         raise ParameterError("there is no prompt: none was given, and stdin is closed")
     if sys.stdin.isatty():
         terminal.note("Type the prompt; Ctrl-D on an empty line ends it.")
-    data = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
+    text = _decoded(sys.stdin.buffer.read(LONGEST_PROMPT + 1), "the prompt on stdin")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _decoded(data: bytes, what: str) -> str:
     if len(data) > LONGEST_PROMPT:
-        raise ParameterError(f"the prompt on stdin is longer than {LONGEST_PROMPT} bytes")
+        raise ParameterError(f"{what} is longer than {LONGEST_PROMPT} bytes")
     try:
-        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ParameterError(f"the prompt on stdin is not UTF-8: {error}") from error
+        raise ParameterError(f"{what} is not UTF-8: {error}") from error
 
 
 def _checked(prompt: str) -> str:
