@@ -1,6 +1,8 @@
 """The GPU kit (`tests/gpu`): on the CPU what can be, and with the marker `gpu` what needs CUDA."""
 
 import json
+import mmap
+import struct
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu import capture, ops, parts, provider, report
+from gpu import capture, nodes, ops, parts, provider, report, slim_wheel
 
 RUN = Path(__file__).parent / "gpu" / "run.py"
 
@@ -98,6 +100,37 @@ def test_the_table_shows_the_worst_of_rows_alike_and_all_that_went_wrong() -> No
     assert report.good(results)
     results["parts"]["operators"]["error"] = "stopped"
     assert not report.good(results)
+
+
+def test_the_first_value_that_is_off_is_named() -> None:
+    far = [("token_embd", 0.0), ("blk.0.attn", 1e-8), ("blk.0.ffn_residual", 0.2), ("output", 0.1)]
+    row = nodes.row(far, 1e-3, 1)
+    assert row["first_node"] == "blk.0.ffn_residual: 2.0e-01" and row["by_layer"] == [0.2]
+    assert row["ok"] is False and row["nmse"] == 0.2
+    assert nodes.row(far[:2], 1e-3, 0)["ok"] is True
+
+
+def test_a_slim_wheel_keeps_one_architecture() -> None:
+    """Machine code of another is zeroed; sizes, headers and all around it stay."""
+
+    def entry(architecture: int, kind: int = slim_wheel.ELF) -> bytes:
+        head = struct.pack("<HHIQ", kind, 0x101, 64, 40).ljust(slim_wheel.ARCHITECTURE_AT, b"h")
+        return (head + struct.pack("<I", architecture)).ljust(64, b"h") + b"c" * 40
+
+    entries = [entry(80), entry(90), entry(120), entry(90, kind=1)]
+    size = sum(map(len, entries))
+    header = slim_wheel.MAGIC + struct.pack("<HHQ", 1, 16, size)
+    before = b"x" * 5 + slim_wheel.MAGIC + b"y" * 30 + header + b"".join(entries) + b"z" * 7
+    with mmap.mmap(-1, len(before)) as library:
+        library[:] = before
+        assert slim_wheel.keep_architecture(library, 90) == (2, 80)
+        after = library[:]
+    kept = [entries[0][:64] + bytes(40), entries[1], entries[2][:64] + bytes(40), entries[3]]
+    assert after == before[: before.index(header) + 16] + b"".join(kept) + b"z" * 7
+    with mmap.mmap(-1, len(before)) as library:
+        library[:] = before.replace(struct.pack("<Q", 40), struct.pack("<Q", 4000))
+        with pytest.raises(ValueError, match="does not fit its fat binary"):
+            slim_wheel.keep_architecture(library, 90)
 
 
 # --- operators -----------------------------------------------------------------------------------

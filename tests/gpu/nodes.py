@@ -34,7 +34,7 @@ def compare(path: Path, ids: list[int], options: dict[str, Any], tolerance: floa
         for name in names
         if name in found
     ]
-    return _row(far, tolerance, layers)
+    return row(far, tolerance, layers)
 
 
 def _values(model: edgellama.Model, ids: list[int], fused: bool) -> dict[str, np.ndarray]:
@@ -53,11 +53,11 @@ def _nmse(wanted: np.ndarray, found: np.ndarray) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def _row(far: list[tuple[str, float]], tolerance: float, layers: int) -> Row:
+def row(far: list[tuple[str, float]], tolerance: float, layers: int) -> Row:
     first = next((i for i, (_, error) in enumerate(far) if error > tolerance), None)
     by_name = dict(far)
     ends = [by_name.get(f"blk.{i}.ffn_residual") for i in range(layers)]
-    row: Row = {
+    found: Row = {
         "nmse": max(error for _, error in far),
         "nodes": len(far),
         "bound": tolerance,
@@ -65,5 +65,5 @@ def _row(far: list[tuple[str, float]], tolerance: float, layers: int) -> Row:
         "ok": first is None,
     }
     if first is not None:
-        row["first_node"] = f"{far[first][0]}: {far[first][1]:.1e}"
-    return row
+        found["first_node"] = f"{far[first][0]}: {far[first][1]:.1e}"
+    return found

@@ -44,11 +44,11 @@ class Part:
 
 
 NO_TF32 = (("NVIDIA_TF32_OVERRIDE", "0"), ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0"))
-PARTS = (  # 540 s together; what one leaves over the next ones may use
-    Part("goldens", "gpu.goldens", 60, NO_TF32),
-    Part("operators", "gpu.ops", 50),
+PARTS = (  # 540 s together; of another time the same shares
+    Part("goldens", "gpu.goldens", 80, NO_TF32),
+    Part("operators", "gpu.ops", 40),
     Part("parity", "gpu.parity", 140),
-    Part("capture", "gpu.capture", 50),
+    Part("capture", "gpu.capture", 40),
     Part("speed", "gpu.speed", 240),
 )
 

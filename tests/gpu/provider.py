@@ -5,6 +5,7 @@ the answer is a product of 4-bit weights in half precision that was really compu
 """
 
 import ctypes
+import importlib.util
 import os
 from functools import cache
 from pathlib import Path
@@ -17,28 +18,25 @@ from gpu.parts import Skip
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
-def runtime() -> Any:
-    """The onnxruntime module, its telemetry off and CUDA's libraries where it finds them."""
+def runtime(device: str = "cpu") -> Any:
+    """The onnxruntime module, its telemetry off; for CUDA, where it finds CUDA's libraries.
+
+    torch brings them along and must come first; else they are packages of their own.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    with_torch = device == "cuda" and importlib.util.find_spec("torch") is not None
+    if with_torch:
+        importlib.import_module("torch")
     import onnxruntime
 
-    if CUDA in onnxruntime.get_available_providers() and hasattr(onnxruntime, "preload_dlls"):
-        _preload(onnxruntime)
-    return onnxruntime
-
-
-@cache
-def _preload(onnxruntime: Any) -> None:
-    """torch brings CUDA's libraries along; else they are packages of their own."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
+    if device == "cuda" and not with_torch and CUDA in onnxruntime.get_available_providers():
         onnxruntime.preload_dlls()
+    return onnxruntime
 
 
 def session(model: bytes, device: str, **entries: str) -> Any:
     """A session all of whose nodes are on `device`: "cpu" or "cuda". Raises RuntimeError."""
-    ort = runtime()
+    ort = runtime(device)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
     for key, value in entries.items():
@@ -72,7 +70,7 @@ def require(device: str) -> None:
 def _check(device: str) -> None:
     import onnx  # noqa: F401  the kit's models are made with it
 
-    ort = runtime()
+    ort = runtime(device)
     if device == "cuda" and CUDA not in ort.get_available_providers():
         raise RuntimeError(f"onnxruntime {ort.__version__} has no CUDA provider")
     from gpu import ops

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -34,25 +35,31 @@ def main() -> int:
     given = _arguments()
     out, model = given.out.resolve(), _model(given.model)  # before the cache is moved
     out.mkdir(parents=True, exist_ok=True)
-    ends, left = time.time() + given.minutes * 60, sum(part.seconds for part in parts.PARTS)
     results = report.header(given.device, given.quick)
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         os.environ["EDGELLAMA_CACHE"] = str(Path(scratch) / "cache")
         writer = _writer(given, scratch)
-        for part in parts.PARTS:
-            seconds, left = part.seconds, left - part.seconds
-            if not given.parts or part.name in given.parts:
-                share = max(seconds, ends - time.time() - left)  # what others left over too
-                until = min(ends, time.time() + share)
-                told = Given(given.device, str(out), scratch, model, given.quick, until)
-                print(f"{part.name} ...", file=sys.stderr, flush=True)
-                results["parts"][part.name] = parts.start(part, told, HERE)
+        for part, ends in _schedule(given):
+            told = Given(given.device, str(out), scratch, model, given.quick, ends)
+            print(f"{part.name} ...", file=sys.stderr, flush=True)
+            results["parts"][part.name] = parts.start(part, told, HERE)
             report.write(out, results)
         if writer is not None:
             writer.kill()
             writer.wait()
     print(report.table(results))
     return 0 if report.good(results) else 1
+
+
+def _schedule(given: argparse.Namespace) -> Iterator[tuple[parts.Part, float]]:
+    """Each part and when it ends: its share of the time, and what those before left over."""
+    chosen = [part for part in parts.PARTS if not given.parts or part.name in given.parts]
+    default = 9.0 if given.device == "cuda" else 20.0
+    minutes = default if given.minutes is None else given.minutes
+    began, total, share = time.time(), sum(part.seconds for part in chosen), 0
+    for part in chosen:
+        share += part.seconds
+        yield part, began + minutes * 60 * share / total
 
 
 def _writer(given: argparse.Namespace, scratch: str) -> subprocess.Popen[bytes] | None:
@@ -68,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="fewer cases, one small model")
     parser.add_argument("--model", type=Path, help="the default model's file; else as pulled")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--minutes", type=float, help="for all: 9 on CUDA, 20 on the CPU")
     parser.add_argument("--folder", type=Path, help="where models are written: up to 20 GB")
     names = [part.name for part in parts.PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, help="only these")
