@@ -67,18 +67,22 @@ def verify(
     cancel: CancelToken | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Replay a file's certificate, offline.
+    """Replay the certificate of a file, or of a folder for ONNX Runtime, offline.
 
     Raises ParameterError if the file has none, what `edgellama.load` raises, Cancelled.
     """
+    if Path(path).is_dir():
+        from edgellama.quantize.verify_onnx import verify_folder
+
+        return verify_folder(Path(path), runtime, threads, cancel, progress)
     with open_gguf(path) as file:
         certificate = read_certificate(file.metadata, file.path)
         config = model_config(file)
         problems = [
-            *_compared("key", certificate.keys, key_checksums(file.metadata)),
-            *_compared("tensor", certificate.tensors, _tensor_sums(file, cancel, progress)),
-            *_mixed_up(file, certificate),
-            *_tokens(file, config, certificate),
+            *compared("key", certificate.keys, key_checksums(file.metadata)),
+            *compared("tensor", certificate.tensors, _tensor_sums(file, cancel, progress)),
+            *mixed_up(file, certificate),
+            *changed_tokens(file, config, certificate),
         ]
         limit = max(LIMITS.get(info.type.name, FEW_BITS) for info in file.tensors.values())
         with opening.load(
@@ -105,7 +109,7 @@ def verify(
     )
 
 
-def _compared(what: str, wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def compared(what: str, wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """What changed, is missing or was added, by name."""
     problems = []
     for name in (*wanted, *(name for name in found if name not in wanted)):
@@ -118,7 +122,7 @@ def _compared(what: str, wanted: Mapping[str, str], found: Mapping[str, str]) ->
     return problems
 
 
-def _mixed_up(file: GGUF, certificate: Certificate) -> list[str]:
+def mixed_up(file: GGUF, certificate: Certificate) -> list[str]:
     """Tensors that were not the source's when they were written."""
     problems = []
     for name, error in certificate.errors.items():
@@ -154,7 +158,7 @@ def _tensor_sums(
     return sums
 
 
-def _tokens(file: GGUF, config: ModelConfig, certificate: Certificate) -> list[str]:
+def changed_tokens(file: GGUF, config: ModelConfig, certificate: Certificate) -> list[str]:
     """Prompts that the file's tokenizer turns into other ids than at the conversion."""
     tokenizer = tokenizer_from_gguf(file.metadata, file.path)
     found = prompt_ids(tokenizer, config.vocab_size)

@@ -20,13 +20,14 @@ from edgellama.runtimes.base import Options
 from edgellama.runtimes.onnx_lowering import Manner
 
 INSTALL, INSTALL_CUDA = "pip install 'edgellama[onnx]'", "pip install 'edgellama[cuda]'"
+DRIVER = "NVIDIA's driver for CUDA 13 (release 580 or later)"
 REPLACE = f"pip uninstall onnxruntime onnxruntime-gpu; {INSTALL_CUDA}"
 ACCURACIES = (0, 4)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 HALVES = ("float16", "bfloat16")
 CANDIDATES = 64  # likeliest tokens that a step on CUDA gives besides its logits
 _LIBRARIES = {  # what the CUDA provider is linked with, of CUDA 13: the package that has each
-    "libcuda.so.1": "the NVIDIA driver",
+    "libcuda.so.1": "",  # the driver's own
     "libcudart.so.13": "nvidia-cuda-runtime",
     "libcublasLt.so.13": "nvidia-cublas",
     "libcublas.so.13": "nvidia-cublas",
@@ -115,7 +116,10 @@ def require_cuda(api: Any) -> None:
         return
     for library, package in _LIBRARIES.items():
         if not _load(library):
-            raise _unavailable(f"{library} is missing ({package})", INSTALL_CUDA)
+            install = DRIVER if package == "" else INSTALL_CUDA
+            owner = package or "NVIDIA's driver"
+            problem = f"{library} is missing, a part of {owner}"
+            raise _unavailable(problem, install)
 
 
 def _both_installed() -> bool:

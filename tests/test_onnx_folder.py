@@ -20,6 +20,7 @@ from edgellama.config import Rope
 from edgellama.distance import nmse
 from edgellama.graph import decoder
 from edgellama.quantize import quantize
+from edgellama.quantize.verify import verify
 from edgellama.weights import expected_shapes
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (the extra `onnx`)")
@@ -436,6 +437,15 @@ def test_a_head_of_8_bits_stays(tmp_path: Path) -> None:
     with edgellama.load(tmp_path / "out.onnx", accuracy=0) as model:
         assert model.info.types["Q8_0"] == 1
         assert nmse(wanted, model.session().forward([1, 40, 80], all_logits=True)) < 1e-11
+
+
+def test_verify_replays_the_certificate(original: Path, folder: Path) -> None:
+    verdict = verify(original)
+    assert verdict.problems == () and verdict.runtime == "onnx" and verdict.deviation is not None
+    assert verdict.deviation < 0.2 and verdict.prompts == 4
+    written(METADATA, lambda b: b.replace(b"tiny", b"tinz"))(folder)
+    resealed(folder)
+    assert verify(folder).problems == ("key 'general.name' was changed",)
 
 
 def test_k_types_are_refused(source: Path, tmp_path: Path) -> None:
