@@ -32,13 +32,12 @@ class Weights:
         sizes = [[_size(file, name) for name in group] for group in groups]
         # One room for all: memory of this size goes back to the system when it is freed.
         self.room = aligned(sum(padded(sum(of_group), 64) for of_group in sizes))
-        start = 0
         with ThreadPoolExecutor(options.threads, "edgellama-load") as pool:
-            repacking = _Repacking(loader, pool, 2 * options.threads)
-            for group, of_group in zip(groups, sizes, strict=True):
-                self._load_group(repacking, group, of_group, start)
-                start += padded(sum(of_group), 64)
-            repacking.finish()
+            try:
+                self._load_groups(_Repacking(loader, pool, 2 * options.threads), groups, sizes)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what is not begun would only hold it up
+                raise
         for name, info in infos.items():
             if len(info.shape) == 1:
                 vector = aligned(padded(info.shape[0], abi.BLOCK) * 4).view(np.float32)
@@ -46,6 +45,15 @@ class Weights:
                 self.vectors[name] = vector
         self.warnings = loader.warnings
         self.n_bytes = self.room.nbytes + sum(vector.nbytes for vector in self.vectors.values())
+
+    def _load_groups(
+        self, repacking: "_Repacking", groups: list[list[str]], sizes: list[list[int]]
+    ) -> None:
+        start = 0
+        for group, of_group in zip(groups, sizes, strict=True):
+            self._load_group(repacking, group, of_group, start)
+            start += padded(sum(of_group), 64)
+        repacking.finish()
 
     def _load_group(
         self, repacking: "_Repacking", names: list[str], sizes: list[int], start: int

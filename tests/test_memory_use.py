@@ -65,6 +65,34 @@ def test_loading_takes_the_weights_and_little_more(tmp_path: Path) -> None:
     assert peak - before >= weights // 2  # it was measured at all
 
 
+CANCELLED = """
+import threading
+edgellama.load(sys.argv[1]).close()  # modules and kernels
+threads = threading.active_count()
+for part in (0.9, 0.0, 0.5, 0.9):
+    token = edgellama.CancelToken()
+
+    def cancel(done, total, what):
+        if what == "loading weights" and done > part * total:
+            token.cancel()
+
+    try:
+        edgellama.load(sys.argv[2], threads=2, cancel=token, progress=cancel)
+    except edgellama.Cancelled:
+        print(threading.active_count() - threads, status("VmRSS"))
+"""
+
+
+def test_a_cancelled_load_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither threads nor weights; what was read into stays in the heap, once."""
+    config = tiny_config(vocab_size=17_000, n_layers=1, dim=1024, ffn_dim=256, tied_output=True)
+    large = write_tiny(tmp_path / "large.gguf", config, "F16")
+    small = write_tiny(tmp_path / "small.gguf", types="F16")
+    left = run(CANCELLED, small, large)
+    assert left[::2] == [0, 0, 0, 0]
+    assert max(left[1::2]) - left[1] <= FLIGHT
+
+
 RUN = """
 model = edgellama.load(sys.argv[1])
 kernels_were_cached = "numba" not in sys.modules
