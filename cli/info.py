@@ -1,14 +1,18 @@
 """`edgellama info`: what a model file declares, read from its header alone; nothing is run."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE
 from edgellama.cli.terminal import Terminal
-from edgellama.errors import UnsupportedModelError, shown
+from edgellama.config import ModelConfig
+from edgellama.errors import TokenizerError, UnsupportedModelError, shown
+from edgellama.estimate import estimate_shape
 from edgellama.gguf import GGUF, open_gguf
 from edgellama.paths import model_path
-from edgellama.weights import check_tensors, model_config
+from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
+from edgellama.weights import check_tensors, expected_shapes, model_config
 
 CONFIG = (  # the fields of ModelConfig that a document repeats
     "context_length",
@@ -20,7 +24,10 @@ CONFIG = (  # the fields of ModelConfig that a document repeats
     "n_kv_heads",
     "head_dim",
     "tied_output",
+    "sliding_window",
 )
+AT = 1024  # tokens that memory is estimated at: whole blocks of a cache
+CERTIFICATE = "edgellama.certificate"
 
 
 def show_info(terminal: Terminal, name: str) -> None:
@@ -44,21 +51,49 @@ def inspect(file: GGUF) -> dict[str, Any]:
     try:
         config = model_config(file)
         facts["warnings"] += check_tensors(file, config)
-    except UnsupportedModelError as error:
+        tokenizer = tokenizer_from_gguf(file.metadata, file.path)
+    except (UnsupportedModelError, TokenizerError) as error:
         facts["problem"] = str(error)
     else:
         facts["config"] = {name: getattr(config, name) for name in CONFIG}
+        facts["rope"] = dataclasses.asdict(config.rope)
+        facts["vocabulary"] = _vocabulary(file, tokenizer)
+        facts["memory"] = _memory(file, config)
     return facts
+
+
+def _vocabulary(file: GGUF, tokenizer: Tokenizer) -> dict[str, Any]:
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    return {
+        "kind": _text(file, "tokenizer.ggml.model"),
+        "pre": _text(file, "tokenizer.ggml.pre"),
+        "tokens": tokenizer.vocab_size,
+        "special": len(tokenizer.special_texts),
+        "bos": None if tokenizer.bos is None else tokens[tokenizer.bos],
+        "add_bos": tokenizer.add_bos,
+        "eos": [tokens[i] for i in tokenizer.eos],
+    }
+
+
+def _memory(file: GGUF, config: ModelConfig) -> dict[str, int]:
+    """Of the cpu runtime, in bytes: without keys and values, and these for 1,000 tokens."""
+    types = {name: file.tensors[name].type.name for name in expected_shapes(config)}
+    context = min(config.context_length, AT)
+    found = estimate_shape(config, types, context=context).memory
+    cache = found.pop("kv_cache")
+    return {"fixed": sum(found.values()), "kv_per_1000_tokens": cache * 1000 // context}
 
 
 def _declared(file: GGUF) -> dict[str, Any]:
     types: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     template = _text(file, "tokenizer.chat_template")
-    parameters = stored = 0
+    parameters = 0
     for tensor in file.tensors.values():
         types[tensor.type.name] += 1
         parameters += tensor.n_bytes // tensor.type.size * tensor.type.block
-        stored += tensor.n_bytes
+        sizes[tensor.type.name] += tensor.n_bytes
+    stored = sum(sizes.values())
     return {
         "path": str(file.path),
         "bytes": file.n_bytes,
@@ -69,11 +104,16 @@ def _declared(file: GGUF) -> dict[str, Any]:
         "parameters": parameters,
         "bits_per_weight": round(8 * stored / parameters, 3) if parameters else 0.0,
         "tensors": dict(types.most_common()),
+        "bytes_by_type": {kind: sizes[kind] for kind, _ in types.most_common()},
         "tokenizer": _text(file, "tokenizer.ggml.model"),
         "chat_template": template is not None,
         "template": template,
         "template_source": FROM_FILE if template is not None else NO_TEMPLATE,
+        "certificate": CERTIFICATE in file.metadata,
         "config": None,
+        "rope": None,
+        "vocabulary": None,
+        "memory": None,
         "problem": None,
         "warnings": list(file.warnings),
     }
@@ -87,7 +127,10 @@ def _text(file: GGUF, key: str) -> str | None:
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What a person reads: label and text; values from the file are escaped."""
     name = f"{shown(facts['name'])}, " if facts["name"] else ""
-    types = ", ".join(f"{count} {kind}" for kind, count in facts["tensors"].items())
+    types = ", ".join(
+        f"{count} {kind} ({facts['bytes_by_type'][kind] / 1e6:,.1f} MB)"
+        for kind, count in facts["tensors"].items()
+    )
     lines = [
         ("file", f"{facts['path']}, {facts['bytes'] / 1e6:,.1f} MB, {facts['format']}"),
         ("model", f"{name}architecture {shown(facts['architecture'])}"),
@@ -97,23 +140,42 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("tensors", types or "none"),
     ]
-    if config := facts["config"]:
-        heads = (
-            f"{config['n_heads']} heads of {config['head_dim']}, {config['n_kv_heads']} for keys"
-        )
-        lines += [
-            (
-                "layers",
-                f"{config['n_layers']} of {config['dim']}, {heads}, ffn {config['ffn_dim']}",
-            ),
-            ("context", f"{config['context_length']} tokens"),
-            ("vocabulary", f"{config['vocab_size']} tokens, {shown(facts['tokenizer'])}"),
-        ]
+    if facts["config"]:
+        lines += _config_lines(facts)
     lines.append(("chat", facts["template_source"]))
     if facts["template"] is not None:
         lines.append(("template", shown(facts["template"])))
+    certificate = "yes: `edgellama verify` replays it" if facts["certificate"] else "none"
+    lines.append(("certificate", certificate))
     if facts["license"]:
         lines.append(("license", shown(facts["license"])))
     if facts["problem"]:
         lines.append(("problem", facts["problem"]))
     return lines
+
+
+def _config_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """About a model that edgellama runs."""
+    config, words, memory = facts["config"], facts["vocabulary"], facts["memory"]
+    heads = f"{config['n_heads']} heads of {config['head_dim']}, {config['n_kv_heads']} for keys"
+    window = config["sliding_window"]
+    seen = f", each sees the last {window}" if window else ""
+    scaling = facts["rope"]["scaling"]
+    turned = (
+        "" if scaling == "none" else f", stretched {facts['rope']['factor']:g} times, {scaling}"
+    )
+    bos = shown(words["bos"]) if words["bos"] is not None else "none"
+    use = "put before a text" if words["add_bos"] else "not put before a text"
+    ends = ", ".join(map(shown, words["eos"])) or "none"
+    pre = f", pre-tokenizer {shown(words['pre'])}" if words["pre"] else ""
+    return [
+        ("layers", f"{config['n_layers']} of {config['dim']}, {heads}, ffn {config['ffn_dim']}"),
+        ("context", f"{config['context_length']} tokens{seen}{turned}"),
+        ("vocabulary", f"{config['vocab_size']} tokens, {shown(facts['tokenizer'])}{pre}"),
+        ("tokens", f"begin {bos}, {use}; end {ends}; {words['special']} special"),
+        (
+            "memory",
+            f"{memory['fixed'] / 1e6:,.0f} MB and {memory['kv_per_1000_tokens'] / 1e6:,.1f} MB for "
+            "1,000 tokens of context, in the cpu runtime",
+        ),
+    ]
