@@ -62,7 +62,8 @@ def write(
     witness: "Witness | None",
 ) -> tuple[int, list[str]]:
     """Write the folder. Returns its size in bytes, and what to note about its weights."""
-    from edgellama.runtimes.onnx_export import FolderWriter, atomic_folder
+    from edgellama.runtimes.onnx_atomic import atomic_folder
+    from edgellama.runtimes.onnx_export import FolderWriter
 
     source, planned = streamer.source, streamer.plan
     types = {t.name: t.type for t in planned.tensors if t.name != ROPE_FACTORS}

@@ -17,7 +17,8 @@ from edgellama.quantize.strict_json import read_json
 from edgellama.runtimes import onnx_containers as containers
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.loading import Loader
-from edgellama.runtimes.onnx_export import MANIFEST, VERSION, FolderWriter, atomic_folder
+from edgellama.runtimes.onnx_atomic import atomic_folder
+from edgellama.runtimes.onnx_export import MANIFEST, VERSION, FolderWriter
 from edgellama.runtimes.onnx_folder import OnnxFolder, open_folder
 from edgellama.runtimes.onnx_layout import Layout
 from edgellama.weights import rope_factors

@@ -1,17 +1,14 @@
 """Writing an ONNX folder: the graph, the data file, and the metadata without weights.
 
-The folder appears whole or not at all. Weights come as rows of GGUF blocks, in any order, and go
-to the places of the layout. Knows nothing about where they come from.
+Weights come as rows of GGUF blocks, in any order, and go
+to the places of the layout. Knows nothing about where they come from, nor how the folder gets its
+name.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellama.control import CancelToken, Progress
-from edgellama.errors import EdgeLlamaError, OutputError
 from edgellama.graph import Graph
-from edgellama.output import STALE
 from edgellama.quantize.blocks import decode
 from edgellama.quantize.plan import PlannedTensor
 from edgellama.quantize.writer import Writer
@@ -51,7 +46,6 @@ class FolderWriter:
     def __post_init__(self) -> None:
         self.layout = Layout(self.graph, self.types, self.how)
         self._data: BinaryIO = open(self.folder / DATA_FILE, "xb")  # noqa: SIM115 - `finish` closes
-        _lock(self._data)
         self._data.truncate(self.layout.size)
         self._measured: set[str] = set()
 
@@ -180,87 +174,3 @@ def sha256(path: Path, cancel: CancelToken | None = None, progress: Progress | N
             if progress:
                 progress(done, size, CHECKING)
     return digest.hexdigest()
-
-
-# --- a folder that appears whole -----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """An empty folder; it takes the place of `target` when the block ends well.
-
-    Only a folder that edgellama wrote is replaced; a link, a file or any other folder is refused.
-    If the block raises, `target` stays as it was. Folders of killed writers are swept.
-    """
-    _check_target(target)
-    stem = f".{target.name[:100]}."
-    try:
-        _sweep(target.parent, stem)
-        temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
-        temporary.mkdir()
-        try:
-            yield temporary
-            _exchange(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, EdgeLlamaError):
-            raise
-        problem = f"cannot be written: {error.strerror or error}"
-        raise OutputError(problem, path=target, hint="Nothing was changed") from error
-
-
-def _check_target(target: Path) -> None:
-    if target.is_symlink():
-        raise OutputError("is a link, and is left alone", path=target)
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise OutputError("is not a folder that edgellama wrote, and is left alone", path=target)
-
-
-def _exchange(temporary: Path, target: Path) -> None:
-    """The old folder makes room; should the new one not arrive, it comes back."""
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    old = target.with_name(f"{temporary.name.removesuffix('.tmp')}.old")
-    os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sweep(parent: Path, stem: str) -> None:
-    """Remove what killed writers of the same folder left; a living one holds its data's lock."""
-    for old in parent.iterdir():
-        if old.name.startswith(stem) and old.name.endswith((".tmp", ".old")):
-            with contextlib.suppress(OSError):
-                if _abandoned(old):
-                    shutil.rmtree(old, ignore_errors=True)
-
-
-def _abandoned(folder: Path) -> bool:
-    old = time.time() - folder.stat().st_mtime > STALE
-    try:
-        with open(folder / DATA_FILE, "rb") as file:
-            locked = _lock(file)
-    except FileNotFoundError:
-        return old
-    return old if locked is None else locked
-
-
-def _lock(file: BinaryIO) -> bool | None:
-    """Whether this process now holds the file's lock; None where locks cannot be had."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network file systems have none
-        return None
-    return True

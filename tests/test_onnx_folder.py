@@ -406,6 +406,30 @@ def test_O12_what_killed_exports_left_is_swept(source: Path, tmp_path: Path) -> 
     assert not left.exists()
 
 
+def test_O12_an_export_killed_between_two_renames_is_undone(source: Path, tmp_path: Path) -> None:
+    """Its old folder is the only whole one: it comes back, and is there if the next one fails."""
+    output = tmp_path / "out.onnx"
+    quantize(source, output, "Q8_0")
+    before = {f.name: f.read_bytes() for f in output.iterdir()}
+    output.rename(tmp_path / ".out.onnx.0123456789ab.old")
+    token = edgellama.CancelToken()
+    token.cancel()
+    with pytest.raises(edgellama.Cancelled):
+        quantize(source, output, "F32", cancel=token)
+    assert {f.name: f.read_bytes() for f in output.iterdir()} == before
+
+
+def test_O12_a_living_export_is_left_alone(source: Path, tmp_path: Path) -> None:
+    from edgellama.runtimes.onnx_atomic import atomic_folder
+
+    output = tmp_path / "out.onnx"
+    with atomic_folder(output) as mine:
+        (mine / "edgellama.json").write_text("{}")
+        quantize(source, output, "Q8_0")
+        assert mine.exists()
+    assert (output / "edgellama.json").read_text() == "{}"  # the last one to end
+
+
 # --- what an export makes ------------------------------------------------------------------------
 
 

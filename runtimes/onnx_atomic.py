@@ -1,0 +1,116 @@
+"""Writing a folder so that a reader sees the old one or the new one whole, never a part.
+
+Knows nothing about what the folder holds, but for the one file that marks it as edgellama's.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgellama.errors import EdgeLlamaError, OutputError
+from edgellama.output import STALE
+
+MARK = "edgellama.json"  # a folder without it is somebody else's
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """An empty folder; it takes the place of `target` when the block ends well.
+
+    Only a folder that edgellama wrote is replaced; a link, a file or any other folder is refused.
+    If the block raises, `target` stays as it was, and an OSError becomes OutputError. What a
+    killed writer left behind is removed by the next one, or given its name back.
+    """
+    _check(target)
+    stem = f".{target.name[:100]}."
+    try:
+        _sweep(target, stem)
+        temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
+        temporary.mkdir()
+        with _locked(temporary):
+            try:
+                yield temporary
+                _sync(temporary)
+                _exchange(temporary, target)
+                _sync(target.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, EdgeLlamaError):
+            raise
+        problem = f"cannot be written: {error.strerror or error}"
+        raise OutputError(problem, path=target, hint="Nothing was changed") from error
+
+
+def _check(target: Path) -> None:
+    if target.is_symlink():
+        raise OutputError("is a link, and is left alone", path=target)
+    if target.exists() and not (target / MARK).is_file():
+        raise OutputError("is not a folder that edgellama wrote, and is left alone", path=target)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    """The old folder makes room; should the new one not arrive, it comes back."""
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = temporary.with_suffix(".old")
+    with _locked(target):
+        os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(target: Path, stem: str) -> None:
+    """Clear up after killed writers of the same folder; a living one holds its folder's lock."""
+    for left in target.parent.iterdir():
+        if left.name.startswith(stem) and left.suffix in (".tmp", ".old"):
+            with contextlib.suppress(OSError), _locked(left) as locked:
+                if locked is None:
+                    locked = time.time() - left.stat().st_mtime > STALE
+                if locked and left.suffix == ".old" and not target.exists():
+                    os.rename(left, target)  # it was killed between two renames
+                elif locked:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Whether this process holds the folder's lock meanwhile; None where there are none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked: bool | None = True
+        except BlockingIOError:
+            locked = False
+        except OSError:  # some network file systems have none
+            locked = None
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Make names last through a power cut, where folders can be opened at all."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some file systems refuse; the files are safe
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
