@@ -79,8 +79,12 @@ def load(
     with open_gguf(file_path) if folder is None else folder.file as file:
         config = model_config(file)
         warnings = [*file.warnings, *check_tensors(file, config)]
+        if cancel:
+            cancel.check("loading the model")
         tokenizer = tokenizer_from_gguf(file.metadata, path=file_path)
         _check_vocabulary(tokenizer, config, file_path)
+        if cancel:
+            cancel.check("loading the model")
         on_cpu = chosen == "onnx" and device != "cuda"
         options = Options(
             context=_context(context, config, file, "f32" if on_cpu else kv_type),
