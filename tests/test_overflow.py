@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from tiny import write_tiny
 
 import edgellama
@@ -29,11 +29,12 @@ def conversation(*sizes: tuple[str, int]) -> list[dict[str, Any]]:
 
 
 roles = st.sampled_from(["user", "assistant", "tool", "system"])
-conversations = st.lists(st.tuples(roles, st.integers(0, 60)), min_size=1, max_size=12).map(
+conversations = st.lists(st.tuples(roles, st.integers(0, 20)), min_size=1, max_size=12).map(
     lambda sizes: conversation(*sizes)
 )
 
 
+@settings(max_examples=1000)
 @given(
     messages=conversations,
     overflow=st.sampled_from(POLICIES),
