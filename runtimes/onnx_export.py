@@ -22,8 +22,9 @@ from edgellama.quantize.blocks import decode
 from edgellama.quantize.plan import PlannedTensor
 from edgellama.quantize.writer import Writer
 from edgellama.runtimes import onnx_containers as containers
+from edgellama.runtimes.onnx_builder import DATA_FILE
 from edgellama.runtimes.onnx_layout import Layout
-from edgellama.runtimes.onnx_lowering import DATA_FILE, Manner, lower
+from edgellama.runtimes.onnx_lowering import Manner, lower
 from edgellama.weights import ROPE_FACTORS
 
 MANIFEST, MODEL_FILE, METADATA_FILE = "edgellama.json", "model.onnx", "tokenizer.gguf"

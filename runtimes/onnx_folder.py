@@ -29,6 +29,7 @@ from edgellama.gguf import GGUF, TensorInfo, open_gguf
 from edgellama.graph import Graph, decoder
 from edgellama.quantize.strict_json import parse_json, read_small
 from edgellama.runtimes import onnx_containers as containers
+from edgellama.runtimes.onnx_builder import DATA_FILE
 from edgellama.runtimes.onnx_export import (
     FORMAT,
     MANIFEST,
@@ -39,7 +40,7 @@ from edgellama.runtimes.onnx_export import (
 )
 from edgellama.runtimes.onnx_inspect import explain
 from edgellama.runtimes.onnx_layout import Layout
-from edgellama.runtimes.onnx_lowering import DATA_FILE, Manner, lower
+from edgellama.runtimes.onnx_lowering import Manner, lower
 from edgellama.weights import ROPE_FACTORS, expected_shapes, rope_factors
 
 LARGEST_MANIFEST = 16 << 20  # bytes

@@ -10,25 +10,22 @@ keys.i and values.i (1, n_kv_heads, context, head_dim), which the outputs keys.i
 values.i.new must share. Unfused also positions int64 (1, t). Output: float32 (1, r, vocab_size).
 """
 
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from edgellama.config import ModelConfig
 from edgellama.graph import Graph, Node
 from edgellama.runtimes import onnx_containers as containers
-from edgellama.runtimes.onnx_layout import QKV, Layout, Place
+from edgellama.runtimes.onnx_builder import Builder
+from edgellama.runtimes.onnx_layout import QKV, Layout
 from edgellama.runtimes.onnx_wire import (
     DTYPES,
     MICROSOFT,
     Attribute,
-    Initializer,
     OnnxModel,
-    OnnxNode,
     ValueInfo,
 )
 
-DATA_FILE = "model.onnx.data"
 LOGITS = "output"
 CANDIDATES = ("top.logits", "top.ids", "top.log_p")  # the likeliest tokens of each row
 NEXT, NEXT_PAST = "next", "past.next"  # the likeliest of a single row, and `past` one further
@@ -57,20 +54,14 @@ def lower(graph: Graph, layout: Layout, manner: Manner) -> OnnxModel:
     return lowering.model
 
 
-@dataclass
-class _Lowering:
-    graph: Graph
-    layout: Layout
-    manner: Manner
-    made: set[str] = field(default_factory=set)
-    waiting: dict[str, Node] = field(default_factory=dict)  # by output: done by a later node
-
-    def __post_init__(self) -> None:
-        self.model = OnnxModel(DATA_FILE)
-        self.config, self.dtype = self.graph.config, self.manner.dtype
+class _Lowering(Builder):
+    def __init__(self, graph: Graph, layout: Layout, manner: Manner) -> None:
+        super().__init__(layout, manner.dtype)
+        self.graph, self.config, self.manner = graph, graph.config, manner
         fitting = self.config.head_dim % ROTATED == self.config.rope.dim % ROTATED == 0
-        self.rotates, self.width = self.manner.fused and fitting, cache_width(self.config)
-        self.producers = {node.output: node for node in self.graph.nodes}
+        self.rotates, self.width = manner.fused and fitting, cache_width(self.config)
+        self.producers = {node.output: node for node in graph.nodes}
+        self.waiting: dict[str, Node] = {}  # by output: done by a later node
 
     # --- the model's rim ------------------------------------------------------------------------
 
@@ -104,15 +95,15 @@ class _Lowering:
         would need cuDNN.
         """
         logits, ids, log_p = CANDIDATES
-        self.node("TopK", [LOGITS, self._shape(count)], [logits, ids], axis=-1, sorted=1)
+        self.node("TopK", [LOGITS, self.shape(count)], [logits, ids], axis=-1, sorted=1)
         every = self.node("LogSoftmax", [LOGITS], ["log_p"], axis=-1)
         self.node("GatherElements", [every, ids], [log_p], axis=-1)
-        first = self.node("Slice", [ids, *map(self._shape, (0, 1, 2))], ["next.first"])
-        self.node("Reshape", [first, self._shape(1, -1)], [NEXT])
+        first = self.node("Slice", [ids, *map(self.shape, (0, 1, 2))], ["next.first"])
+        self.node("Reshape", [first, self.shape(1, -1)], [NEXT])
         narrow = self.node("Cast", [NEXT], ["next.int32"], to=DTYPES["int32"])
-        zero = self.node("Mul", [narrow, self._number(0)], ["next.zero"])
-        flat = self.node("Reshape", [zero, self._shape(-1)], ["next.zero.flat"])
-        further = self.node("Add", ["past", self._number(1)], ["past.further"])
+        zero = self.node("Mul", [narrow, self.number(0)], ["next.zero"])
+        flat = self.node("Reshape", [zero, self.shape(-1)], ["next.zero.flat"])
+        further = self.node("Add", ["past", self.number(1)], ["past.further"])
         self.node("Add", [further, flat], [NEXT_PAST])
         info = self.model.outputs
         info += [ValueInfo(name, "float32", (1, "r", count)) for name in (logits, log_p)]
@@ -147,17 +138,11 @@ class _Lowering:
             operator(node)
         return name
 
-    def node(
-        self, op: str, inputs: list[str], outputs: list[str], domain: str = "", **kw: Attribute
-    ) -> str:
-        self.model.nodes.append(OnnxNode(op, tuple(inputs), tuple(outputs), kw, domain))
-        return outputs[0]
-
     def embed(self, node: Node) -> None:
         assert node.weight is not None
         name, form = node.weight, self.layout.form(node.weight)
         if form.bits == 0:
-            rows = self._constant([name], containers.VALUES, cast=False)
+            rows = self.constant([name], containers.VALUES, cast=False)
             stored = self.layout.places[name, containers.VALUES].dtype
             found = node.output if stored == self.dtype else node.output + ".stored"
             self.node("Gather", [rows, "tokens"], [found])
@@ -167,8 +152,8 @@ class _Lowering:
         place = self.layout.places[name, containers.SCALES]
         cubic = (*place.shape, 1)
         kinds = (containers.SCALES, containers.ZERO_POINTS)
-        scales, zeros = (self._constant([name], kind, cubic) for kind in kinds)
-        codes = self._constant([name], containers.CODES)
+        scales, zeros = (self.constant([name], kind, cubic) for kind in kinds)
+        codes = self.constant([name], containers.CODES)
         blocks = self.node(
             "GatherBlockQuantized",
             [codes, "tokens", scales, zeros],
@@ -180,14 +165,17 @@ class _Lowering:
             quantize_axis=2,
         )
         if form.correction:
-            extra = self._constant([name], containers.CORRECTIONS, cubic)
+            extra = self.constant([name], containers.CORRECTIONS, cubic)
             gathered = self.node("Gather", [extra, "tokens"], [node.output + ".gathered"])
             blocks = self.node("Add", [blocks, gathered], [node.output + ".corrected"])
-        self.node("Reshape", [blocks, self._shape(0, 0, self.config.dim)], [node.output])
+        self.node("Reshape", [blocks, self.shape(0, 0, self.config.dim)], [node.output])
 
     def norm(self, node: Node) -> None:
         assert node.weight is not None
-        weight, epsilon = self._constant([node.weight], containers.VALUES), self.config.norm_eps
+        weight, epsilon = (
+            self.constant([node.weight], containers.VALUES),
+            self.config.norm_eps,
+        )
         add = self.waiting.pop(node.inputs[0], None)
         if add is None:
             self.node(
@@ -218,12 +206,12 @@ class _Lowering:
         """source @ rows of the weights, one behind the other."""
         form = self.layout.form(weights[0])
         if form.bits == 0:
-            matrix = self._constant(weights, containers.VALUES)
+            matrix = self.constant(weights, containers.VALUES)
             return self.node("FusedMatMul", [source, matrix], [out], MICROSOFT, transB=1)
         codes = self.layout.joined(weights, containers.CODES)
         kinds = [containers.CODES, containers.SCALES]
         kinds += [containers.ZERO_POINTS] if form.zero_points else []
-        inputs = [source, *(self._constant(weights, kind) for kind in kinds)]
+        inputs = [source, *(self.constant(weights, kind) for kind in kinds)]
         result = out + ".centred" if form.correction else out
         rows, blocks, _ = codes.shape
         self.node(
@@ -239,7 +227,7 @@ class _Lowering:
         )
         if form.correction:
             sums = self._block_sums(source, blocks, form.block)
-            extra = self._constant(weights, containers.CORRECTIONS)
+            extra = self.constant(weights, containers.CORRECTIONS)
             part = out + ".correction"
             self.node("FusedMatMul", [sums, extra], [part], MICROSOFT, transB=1)
             self.node("Add", [result, part], [out])
@@ -250,8 +238,8 @@ class _Lowering:
         name = f"{source}.sums{width}"
         if name not in self.made:
             self.made.add(name)
-            cut = self.node("Reshape", [source, self._shape(0, 0, blocks, width)], [name + ".cut"])
-            self.node("ReduceSum", [cut, self._shape(3)], [name], keepdims=0)
+            cut = self.node("Reshape", [source, self.shape(0, 0, blocks, width)], [name + ".cut"])
+            self.node("ReduceSum", [cut, self.shape(3)], [name], keepdims=0)
         return name
 
     def rope(self, node: Node) -> None:
@@ -327,19 +315,19 @@ class _Lowering:
     def _padded(self, name: str) -> str:
         """Every head with zeros behind it: they add nothing to a product."""
         size, width = self.config.head_dim, self.width
-        heads = self.node("Reshape", [name, self._shape(0, 0, -1, size)], [name + ".heads"])
-        pads = self._shape(0, 0, 0, 0, 0, 0, 0, width - size)
+        heads = self.node("Reshape", [name, self.shape(0, 0, -1, size)], [name + ".heads"])
+        pads = self.shape(0, 0, 0, 0, 0, 0, 0, width - size)
         wide = self.node("Pad", [heads, pads], [name + ".wide"])
-        flat = self._shape(0, 0, self.width * self._heads(name))
+        flat = self.shape(0, 0, self.width * self._heads(name))
         return self.node("Reshape", [wide, flat], [name + ".padded"])
 
     def _narrowed(self, name: str, out: str) -> None:
         """Every head without the zeros."""
         size, width = self.config.head_dim, self.width
-        heads = self.node("Reshape", [name, self._shape(0, 0, -1, width)], [name + ".heads"])
-        ends = [self._shape(0), self._shape(size), self._shape(3)]
+        heads = self.node("Reshape", [name, self.shape(0, 0, -1, width)], [name + ".heads"])
+        ends = [self.shape(0), self.shape(size), self.shape(3)]
         cut = self.node("Slice", [heads, *ends], [name + ".cut"])
-        self.node("Reshape", [cut, self._shape(0, 0, self.config.q_dim)], [out])
+        self.node("Reshape", [cut, self.shape(0, 0, self.config.q_dim)], [out])
 
     def _unrotated(self, name: str) -> Node:
         node = self.producers[name]
@@ -359,52 +347,6 @@ class _Lowering:
 
     def select(self, node: Node) -> None:
         self.node("Gather", [self.value(node.inputs[0]), "rows"], [node.output], axis=1)
-
-    # --- constants ------------------------------------------------------------------------------
-
-    def _constant(
-        self,
-        weights: list[str],
-        part: str,
-        shape: tuple[int, ...] | None = None,
-        cast: bool = True,
-    ) -> str:
-        """The name of an array of the data file, in the activations' type if it is a number."""
-        place = self.layout.joined(weights, part)
-        name = ".".join([weights[0].removesuffix(".weight"), part])
-        if len(weights) > 1:
-            name += f".{len(weights)}"
-        if shape is not None:
-            name += f".{len(shape)}d"
-        self._external(name, place, shape or place.shape)
-        if place.dtype in ("uint8", self.dtype) or not cast:
-            return name
-        changed = f"{name}.{self.dtype}"
-        if changed not in self.made:
-            self.made.add(changed)
-            self.node("Cast", [name], [changed], to=DTYPES[self.dtype])
-        return changed
-
-    def _external(self, name: str, place: Place, shape: tuple[int, ...]) -> None:
-        if name not in self.made:
-            self.made.add(name)
-            tensor = Initializer(name, place.dtype, shape, offset=place.offset)
-            self.model.initializers.append(tensor)
-
-    def _number(self, value: int) -> str:
-        """An int32 array of one number."""
-        name = f"int32.{value}"
-        data = struct.pack("<i", value)
-        self.model.initializers.append(Initializer(name, "int32", (1,), data))
-        return name
-
-    def _shape(self, *sizes: int) -> str:
-        name = "shape." + ".".join(map(str, sizes))
-        if name not in self.made:
-            self.made.add(name)
-            data = struct.pack(f"<{len(sizes)}q", *sizes)
-            self.model.initializers.append(Initializer(name, "int64", (len(sizes),), data))
-        return name
 
 
 def cache_names(layers: int) -> list[str]:
