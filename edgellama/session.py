@@ -5,6 +5,7 @@ Knows nothing about chat messages or files; see `model.py` for both.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
@@ -53,7 +54,7 @@ class Session:
     @property
     def position(self) -> int:
         """Tokens in the cache."""
-        return self._runtime_session.position
+        return len(self._ids)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -73,15 +74,31 @@ class Session:
         the vocabulary, ContextOverflow, Cancelled (the cache is as before), ForkedProcess.
         """
         checked = self._check(ids)
+        with self._turn(cancel, "forward") as session:
+            return self._forward(session, checked, all_logits, cancel)
+
+    def _forward(
+        self, session: RuntimeSession, ids: list[int], all_logits: bool, cancel: CancelToken | None
+    ) -> "NDArray[np.float32]":
+        need, have = self.position + len(ids), self._model.info.context
+        if need > have:
+            raise ContextOverflow(need, have)
+        logits = session.forward(ids, all_logits=all_logits, cancel=cancel)
+        self._ids += ids
+        self._changes += 1
+        return logits
+
+    @contextmanager
+    def _turn(self, cancel: CancelToken | None, what: str) -> Iterator[RuntimeSession]:
+        """Have the session for oneself."""
         self._open()  # before waiting: a fork's turn would never come
-        with self._turns.turn(cancel, "forward"):
-            need, have = self.position + len(checked), self._model.info.context
-            if need > have:
-                raise ContextOverflow(need, have)
-            logits = self._open().forward(checked, all_logits=all_logits, cancel=cancel)
-            self._ids += checked
-            self._changes += 1
-            return logits
+        with self._turns.turn(cancel, what):
+            session = self._open()
+            known = min(session.position, len(self._ids))
+            if known < max(session.position, len(self._ids)):  # a signal came between two steps
+                session.truncate(known)
+                del self._ids[known:]
+            yield session
 
     def _open(self) -> RuntimeSession:
         if self._closed or self._model._runtime is None:
@@ -106,12 +123,12 @@ class Session:
 
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens. Raises ParameterError for n > position."""
-        with self._turns.turn():
+        with self._turn(None, "truncate") as session:
             require_integer("n", n, 0, self.position)
-            self._truncate(n)
+            self._truncate(session, n)
 
-    def _truncate(self, n: int) -> None:
-        self._open().truncate(n)
+    def _truncate(self, session: RuntimeSession, n: int) -> None:
+        session.truncate(n)
         del self._ids[n:]
         self._changes += 1
 
@@ -169,13 +186,12 @@ class Session:
         self, ids: list[int], same_text: bool, cancel: CancelToken | None
     ) -> "tuple[tuple[int, ...], list[int], _Reading]":
         """Forget what does not belong to the prompt: what is left, what is to be read, and how."""
-        self._open()  # before waiting: a fork's turn would never come
-        with self._turns.turn(cancel, "generate"):
+        with self._turn(cancel, "generate") as session:
             if same_text:
                 kept = as_cached(self._ids, ids, self._model.tokenizer)
                 ids = kept if len(kept) <= self._model.info.context else ids
             shared = shared_length(self._ids, ids[:-1])  # the last one is computed, for its logits
-            self._truncate(shared)
+            self._truncate(session, shared)
             return tuple(self._ids), ids[shared:], _Reading(self, self._changes)
 
     def save(self, path: "str | os.PathLike[str]", *, cancel: CancelToken | None = None) -> None:
@@ -191,10 +207,9 @@ class Session:
         target = _checked_path(path)
         if _same_file(target, self._model.info.path):
             raise ParameterError("this is the model's own file", path=target, field="path")
-        session, fingerprint = _savable(self._open(), self._model)
-        with self._turns.turn(cancel, "save"):
-            self._open()
-            save_session(target, session, self._ids, fingerprint, cancel)
+        with self._turn(cancel, "save") as session:
+            saving, fingerprint = _savable(session, self._model)
+            save_session(target, saving, self._ids, fingerprint, cancel)
 
     def __enter__(self) -> Self:
         return self
@@ -288,12 +303,14 @@ class _Reading:
     def forward(
         self, ids: Sequence[int], *, cancel: CancelToken | None = None
     ) -> "NDArray[np.float32]":
-        if self._session._changes != self._changes:
-            raise ParameterError(
-                "the session was used otherwise since this reply began",
-                field="session",
-                hint="One reply at a time; open a session for each",
-            )
-        logits = self._session.forward(ids, cancel=cancel)
-        self._changes += 1
+        session = self._session
+        with session._turn(cancel, "generate") as runtime_session:
+            if session._changes != self._changes:
+                raise ParameterError(
+                    "the session was used otherwise since this reply began",
+                    field="session",
+                    hint="One reply at a time; open a session for each",
+                )
+            logits = session._forward(runtime_session, list(ids), False, cancel)
+            self._changes = session._changes
         return logits

@@ -120,6 +120,22 @@ def test_numpy_ids_of_any_integer_type(model: Model) -> None:
         assert same(model.session().forward(np.array([3, 4], dtype)), wanted, model)
 
 
+@pytest.mark.parametrize("known", [3, 9])
+def test_a_signal_between_two_steps_leaves_what_both_know(model: Model, known: int) -> None:
+    """Ctrl-C may come once the cache has grown or shrunk, and before the ids have."""
+    session = model.session()
+    wanted = session.forward(IDS[:7])
+    session.truncate(0)
+    session.forward(IDS[:5])
+    if known == 9:
+        session._runtime_session.forward(IDS[5:known])
+    else:
+        session._runtime_session.truncate(known)
+    rest = IDS[min(known, 5) : 7]
+    assert same(session.forward(rest), wanted, model)
+    assert session.position == 7 and session.ids == tuple(IDS[:7])
+
+
 # --- threads -------------------------------------------------------------------------------------
 
 
