@@ -1,6 +1,6 @@
 """Kernels that encode float32 rows as K types: 256 numbers, cut into 8 or 16 sub-blocks.
 
-Here are the types with scales and minima, and the loop around all; see `encode_k_scales.py`.
+Here are the types with scales and minima, and the table of all; see `encode_k_scales.py`.
 
 Sixteen blocks at once, one in each lane. Source: ggml's quantize_row_*_K_ref and, with importance,
 quantize_row_*_K_impl, which the arithmetic here matches to the bit.
@@ -32,7 +32,6 @@ from edgellama.quantize.encode_lanes import (
     put_halves,
     put_words,
     store_int,
-    turn_all,
 )
 from edgellama.quantize.encode_packing import (
     AUXILIARY,
@@ -250,23 +249,4 @@ def kernel(name: str, weighted: bool = False) -> Kernel:
     """The kernel of one type, of whichever module; arguments as in `encode_simple.kernel`."""
     if name not in _TYPES:
         return encode_simple.kernel(name, weighted)
-    one, size = _TYPES[name](weighted), BY_NAME[name].size
-
-    def encode(
-        source: int,
-        stride: int,
-        target: int,
-        step: int,
-        groups: int,
-        blocks: int,
-        w: int,
-        room: int,
-    ) -> None:
-        for group in range(groups):
-            for block in range(blocks):
-                x = source + group * 16 * stride + block * BLOCK * 4
-                turn_all(x, stride, room, BLOCK)
-                importance = w + block * BLOCK * 4
-                one(room, importance, target + group * 16 * step + block * size, step)
-
-    return encode
+    return encode_simple.over_blocks(_TYPES[name](weighted), BLOCK, BY_NAME[name].size)

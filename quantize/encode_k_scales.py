@@ -52,6 +52,15 @@ def _largest_scale(room: int) -> Any:
     return encode_search.largest(room + SCALES, 16)
 
 
+@inline
+def _keep(room: int, j: int, found: Any) -> None:
+    """What a search found for sub-block j; `_searched` gives it back."""
+    scale, code_scale, none = found
+    store(room + SCALES + j * V, scale)
+    store(room + CODE_SCALES + j * V, code_scale)
+    store_int(room + CODE_LEASTS + j * V, none)
+
+
 def q6_k(weighted: bool) -> Any:
     search = encode_search.fit_symmetric(16, 32)
 
@@ -63,10 +72,7 @@ def q6_k(weighted: bool) -> Any:
                 weights = room + WEIGHTS
                 for i in range(16):
                     store(weights + i * V, encode_search.same(w + (j * 16 + i) * 4))
-            scale, code_scale, none = search(room + j * 16 * V, weights)
-            store(room + SCALES + j * V, scale)
-            store(room + CODE_SCALES + j * V, code_scale)
-            store_int(room + CODE_LEASTS + j * V, none)
+            _keep(room, j, search(room + j * 16 * V, weights))
 
     @inline
     def encode(room: int, w: int, target: int, step: int) -> None:
@@ -114,15 +120,12 @@ def _recode_symmetric(room: int, j: int, d: Any, top: int, nothing: Any) -> None
 
 
 @inline
-def _put_q3_k(room: int, target: int, step: int) -> None:
+def _put_q3_k(room: int, target: int, step: int, bits: Any) -> None:
+    put_halves(target + 108, step, bits)
+    put_small_scales(room, target + 96, step)
     pack_codes(room)
     put_bits(room, target, step, 2)
     put_pairs(room, target + 32, step, 0)
-
-
-@inline
-def _q3_k_scales(room: int, bits: Any, target: int, step: int, j: int) -> Any:
-    return half_value(bits) * to_f32(load_int(room + SMALL + j * V) - word(32))
 
 
 def q3_k(weighted: bool) -> Any:
@@ -140,10 +143,7 @@ def _q3_k_weighted() -> Any:
             x = room + j * 16 * V
             total = weigh(x, w + j * 16 * 4, variance, room + WEIGHTS, 16)
             store(room + SUMS + j * V, total)
-            scale, code_scale, none = search(x, room + WEIGHTS)
-            store(room + SCALES + j * V, scale)
-            store(room + CODE_SCALES + j * V, code_scale)
-            store_int(room + CODE_LEASTS + j * V, none)
+            _keep(room, j, search(x, room + WEIGHTS))
 
     @inline
     def encode(room: int, w: int, target: int, step: int) -> None:
@@ -155,9 +155,7 @@ def _q3_k_weighted() -> Any:
             store_int(room + SMALL + j * V, small)
             d = half_value(bits) * to_f32(small - word(32))
             _recode_symmetric(room, j, d, 4, word(0))
-        put_halves(target + 108, step, bits)
-        put_small_scales(room, target + 96, step)
-        _put_q3_k(room, target, step)
+        _put_q3_k(room, target, step, bits)
 
     return encode
 
@@ -189,8 +187,6 @@ def _q3_k_plain() -> Any:
             small = choose_int(nothing, word(0), small)
             store_int(room + SMALL + j * V, small)
             recode(room, j, half_value(bits) * to_f32(small - word(32)))
-        put_halves(target + 108, step, bits)
-        put_small_scales(room, target + 96, step)
-        _put_q3_k(room, target, step)
+        _put_q3_k(room, target, step, bits)
 
     return encode

@@ -37,8 +37,8 @@ from edgellama.runtimes.simd import absolute, shift_left, shift_right, splat_i32
 
 BLOCK = 32
 Kernel = Callable[[int, int, int, int, int, int, int, int], None]
-# Scratch, in vectors: values (and then codes), weights, a search's room.
-VALUES, WEIGHTS, ROOM = 0, 32 * V, 64 * V
+# Scratch: values (and then codes), weights, a search's room, the variance of a lane's row.
+WEIGHTS, ROOM, VARIANCE = 32 * V, 64 * V, 96 * V
 
 
 # --- floats ---------------------------------------------------------------------------------------
@@ -246,9 +246,17 @@ _TYPES = {
 }
 
 
-def _plain(name: str) -> Kernel:
-    begin, _, end = _TYPES[name]
-    table = name == "IQ4_NL"
+@inline
+def _no_preparation(x: int, stride: int, blocks: int, room: int) -> None:
+    pass
+
+
+def over_blocks(one: Any, length: int, size: int, prepare: Any = _no_preparation) -> Kernel:
+    """The kernel of a type whose blocks are `length` numbers in `size` bytes.
+
+    one(room, w, target, step) encodes the 16 blocks whose values are in the room, w their columns'
+    importance; prepare(x, stride, blocks, room) comes first for every 16 lanes.
+    """
 
     def encode(
         source: int,
@@ -260,59 +268,60 @@ def _plain(name: str) -> Kernel:
         w: int,
         room: int,
     ) -> None:
-        """Groups of 16 lanes of one block each."""
         for group in range(groups):
-            turn_all(source + group * 16 * stride, stride, room, BLOCK)
-            if table:
-                for i in range(BLOCK):
-                    v = load(room + i * V)
-                    store(room + WEIGHTS + i * V, v * v)
-            begin(room, target + group * 16 * step, step)
-            end(room, target + group * 16 * step, step)
+            x, y = source + group * 16 * stride, target + group * 16 * step
+            prepare(x, stride, blocks, room)
+            for block in range(blocks):
+                turn_all(x + block * length * 4, stride, room, length)
+                one(room, w + block * length * 4, y + block * size, step)
 
     return encode
 
 
+def _plain(name: str) -> Kernel:
+    begin, _, end = _TYPES[name]
+    table = name == "IQ4_NL"
+
+    @inline
+    def one(room: int, w: int, target: int, step: int) -> None:
+        if table:
+            for i in range(BLOCK):
+                v = load(room + i * V)
+                store(room + WEIGHTS + i * V, v * v)
+        begin(room, target, step)
+        end(room, target, step)
+
+    return over_blocks(one, BLOCK, BY_NAME[name].size)
+
+
+@inline
+def _variance_of_rows(x: int, stride: int, blocks: int, room: int) -> None:
+    total = number(0.0)
+    for block in range(blocks):
+        turn_all(x + block * BLOCK * 4, stride, room, BLOCK)
+        for i in range(BLOCK):
+            v = load(room + i * V)
+            total = total + v * v
+    store(room + VARIANCE, total / number(float32(blocks * BLOCK)))
+
+
 def _weighted(name: str) -> Kernel:
+    """With a table the variance is a block's, otherwise the whole row's, as in ggml."""
     _, make, end = _TYPES[name]
     assert make is not None
     begin, size, table = make(), BY_NAME[name].size, name == "IQ4_NL"
 
     @inline
-    def variance_of_rows(source: int, stride: int, blocks: int, room: int) -> Any:
-        total = number(0.0)
-        for block in range(blocks):
-            turn_all(source + block * BLOCK * 4, stride, room, BLOCK)
-            for i in range(BLOCK):
-                v = load(room + i * V)
-                total = total + v * v
-        return total / number(float32(blocks * BLOCK))
+    def one(room: int, w: int, target: int, step: int) -> None:
+        if table:
+            variance = encode_search.sum_of_squares(room, BLOCK) * number(2 / BLOCK)
+        else:
+            variance = load(room + VARIANCE)
+        weigh(room, w, variance, room + WEIGHTS, BLOCK)
+        begin(room, target, step)
+        end(room, target, step)
 
-    def encode(
-        source: int,
-        stride: int,
-        target: int,
-        step: int,
-        groups: int,
-        blocks: int,
-        w: int,
-        room: int,
-    ) -> None:
-        """Groups of 16 rows; w: the importance of their columns."""
-        for group in range(groups):
-            x, y = source + group * 16 * stride, target + group * 16 * step
-            variance = number(0.0)
-            if not table:
-                variance = variance_of_rows(x, stride, blocks, room)
-            for block in range(blocks):
-                turn_all(x + block * BLOCK * 4, stride, room, BLOCK)
-                if table:
-                    variance = encode_search.sum_of_squares(room, BLOCK) * number(2 / BLOCK)
-                weigh(room, w + block * BLOCK * 4, variance, room + WEIGHTS, BLOCK)
-                begin(room, y + block * size, step)
-                end(room, y + block * size, step)
-
-    return encode
+    return over_blocks(one, BLOCK, size, _no_preparation if table else _variance_of_rows)
 
 
 def kernel(name: str, weighted: bool = False) -> Kernel:
