@@ -8,16 +8,15 @@ Knows nothing about which tensors a model has; `weights.py` compares them with t
 
 import os
 import re
-import stat
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Self
 
-from edgellama.errors import EdgeLlamaError, ModelFormatError, shown
+from edgellama.errors import ModelFormatError, shown
 from edgellama.gguf_parts import Part, TensorInfo, Value, parse_part
+from edgellama.regular_file import open_regular, unreadable
 
 __all__ = ["GGUF", "TensorInfo", "Value", "open_gguf"]
 
@@ -62,7 +61,7 @@ class GGUF:
                     file.seek(info.offset + start + done)
                     got = file.readinto(view[done:])
             except OSError as error:
-                raise _unreadable(path, error, where) from error
+                raise unreadable(path, error, where) from error
             if not got:
                 problem = "the file ends before the tensor does: it changed since it was opened"
                 raise ModelFormatError(problem, path=path, where=where)
@@ -75,12 +74,7 @@ class GGUF:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -93,7 +87,7 @@ def open_gguf(path: "str | os.PathLike[str]") -> GGUF:
     """
     path = Path(path)
     with ExitStack() as files:
-        raw = [_open_regular(path)]
+        raw = [_open(path)]
         files.enter_context(raw[0])
         parts = [_parse(raw[0], path, 0)]
         count = _part_count(parts[0])
@@ -108,38 +102,15 @@ def open_gguf(path: "str | os.PathLike[str]") -> GGUF:
         return GGUF(path, parts, files.pop_all(), raw)
 
 
-def _unreadable(path: Path, error: OSError, where: str | None = None) -> EdgeLlamaError:
-    reason = error.strerror or str(error)
-    return EdgeLlamaError(f"cannot be read: {reason}", path=path, where=where)
-
-
-def _open_regular(path: Path) -> FileIO:
-    """The file, open and unbuffered; a directory, pipe or device is refused without waiting."""
-
-    def opener(name: str, flags: int) -> int:  # a pipe without a writer would block
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    try:
-        file = FileIO(path, "r", opener=opener)
-    except IsADirectoryError as error:
-        raise ModelFormatError(
-            "this is a folder, not a GGUF file", path=path, hint="Give the .gguf file in it"
-        ) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except ValueError as error:  # a null character in the name
-        raise EdgeLlamaError(f"{shown(str(path))} is not a file name: {error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ModelFormatError("this is not a regular file", path=path)
-    return file
+def _open(path: Path) -> FileIO:
+    return open_regular(path, wanted="a GGUF file", hint="Give the .gguf file in it")
 
 
 def _parse(file: FileIO, path: Path, index: int) -> Part:
     try:
         return parse_part(file, path, os.fstat(file.fileno()).st_size, index)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _split_error(part: Part, key: str, value: object, problem: str, hint: str) -> ModelFormatError:
@@ -184,7 +155,7 @@ def _open_part(path: Path, number: int, count: int) -> FileIO:
         problem = f"part {number + 1} of {count} is missing"
         hint = "Download it into the same folder"
         raise ModelFormatError(problem, path=path, field="split.count", value=count, hint=hint)
-    return _open_regular(path)
+    return _open(path)
 
 
 def _check_part(part: Part, number: int, count: int, seen: dict[str, Path]) -> None:

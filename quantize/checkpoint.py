@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from edgellama.errors import (
@@ -22,12 +21,13 @@ from edgellama.errors import (
     shown,
 )
 from edgellama.quantize.bitsandbytes import unpack_4bit
-from edgellama.quantize.raw_file import RawFile, unreadable
+from edgellama.quantize.raw_file import RawFile
 from edgellama.quantize.safetensors import read_safetensors
 from edgellama.quantize.shards import MOST_SHARDS, join_shards
 from edgellama.quantize.strict_json import read_json
 from edgellama.quantize.tensor import FLOATS, UNPACKED, Tensor, unsupported_type
 from edgellama.quantize.torch_files import read_torch_file
+from edgellama.regular_file import unreadable
 
 __all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
 
@@ -82,12 +82,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

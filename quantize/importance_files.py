@@ -16,11 +16,12 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellama.errors import EdgeLlamaError, ModelFormatError, UnsupportedModelError, shown
+from edgellama.errors import ModelFormatError, UnsupportedModelError, shown
 from edgellama.gguf import GGUF, open_gguf
 from edgellama.output import atomic_output
 from edgellama.quantize.plan import PlannedTensor
 from edgellama.quantize.writer import Writer
+from edgellama.regular_file import unreadable
 
 Floats = NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -66,7 +67,7 @@ def read_importance(path: "str | os.PathLike[str]") -> Importance:
         with open(path, "rb") as file:
             first = file.read(4)
     except OSError as error:
-        raise EdgeLlamaError(f"cannot be read: {error.strerror or error}", path=path) from error
+        raise unreadable(path, error) from error
     if first != b"GGUF":
         return _read_dat(path)
     with open_gguf(path) as opened:

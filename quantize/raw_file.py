@@ -5,18 +5,12 @@ the process. Knows nothing about what the files hold.
 """
 
 import os
-import stat
-from io import FileIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
-from edgellama.errors import EdgeLlamaError, ModelFormatError, shown
-
-
-def unreadable(path: Path, error: OSError, where: str | None = None) -> EdgeLlamaError:
-    reason = error.strerror or str(error)
-    return EdgeLlamaError(f"cannot be read: {reason}", path=path, where=where)
+from edgellama.errors import ModelFormatError
+from edgellama.regular_file import open_regular, unreadable
 
 
 class RawFile:
@@ -24,7 +18,7 @@ class RawFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = _open_regular(path)
+        self._file = open_regular(path)
         self.size = os.fstat(self._file.fileno()).st_size
         self._lock = Lock()
 
@@ -58,28 +52,8 @@ class RawFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "RawFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _open_regular(path: Path) -> FileIO:
-    """The file, open and unbuffered; a directory, pipe or device is refused without waiting."""
-
-    def opener(name: str, flags: int) -> int:  # a pipe without a writer would block
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    try:
-        file = FileIO(path, "r", opener=opener)
-    except IsADirectoryError as error:
-        raise ModelFormatError("this is a folder, not a file", path=path) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:  # a null character in the name
-        raise EdgeLlamaError(f"{shown(str(path))} is not a file name: {error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ModelFormatError("this is not a regular file", path=path)
-    return file

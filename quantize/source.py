@@ -8,18 +8,18 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellama.config import ModelConfig
-from edgellama.errors import EdgeLlamaError, ModelFormatError
+from edgellama.errors import ModelFormatError
 from edgellama.ggml import FLOATS
 from edgellama.gguf import GGUF, TensorInfo, open_gguf
 from edgellama.graph import decoder
 from edgellama.quantize.blocks import decode
+from edgellama.regular_file import unreadable
 from edgellama.weights import ROPE_FACTORS, check_tensors, expected_shapes, model_config
 
 Bits = NDArray[Any]
@@ -95,12 +95,7 @@ class Source:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -128,8 +123,7 @@ def _magic(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(4)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise EdgeLlamaError(f"cannot be read: {reason}", path=path) from error
+        raise unreadable(path, error) from error
 
 
 def _refuse_folder_of_gguf(path: Path) -> None:

@@ -9,14 +9,13 @@ import json
 import math
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any, Never
 
 from edgellama.errors import EdgeLlamaError, ModelConfigError, ModelFormatError, shown
+from edgellama.regular_file import open_regular, unreadable
 
 LARGEST = 64 * 2**20  # bytes of a configuration or an index
 MOST_PARTS = 2**20  # brackets, braces and commas; each costs far more memory than it takes
@@ -46,21 +45,12 @@ def read_json(path: Path, *, largest: int = LARGEST, parts: int = MOST_PARTS) ->
 
 def read_small(path: Path, largest: int) -> bytes:
     """The bytes of a regular file of at most `largest` bytes; errors as `read_json`."""
-
-    def opener(name: str, flags: int) -> int:  # a pipe without a writer would block
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    try:
-        with FileIO(path, "r", opener=opener) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelConfigError("this is not a regular file", path=path)
-            raw = file.read(min(status.st_size, largest) + 1)  # it may grow while it is read
-    except IsADirectoryError as error:
-        raise ModelConfigError("this is a folder, not a file", path=path) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise EdgeLlamaError(f"cannot be read: {reason}", path=path) from error
+    with open_regular(path, ModelConfigError) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, largest) + 1)  # it may grow while it is read
+        except OSError as error:
+            raise unreadable(path, error) from error
     if raw is None or len(raw) > largest:
         problem = f"more than {largest} bytes, too many for such a file"
         raise ModelConfigError(problem, path=path, allowed=str(largest))
