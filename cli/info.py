@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE
@@ -31,7 +32,7 @@ CERTIFICATE = "edgellama.certificate"
 
 
 def show_info(terminal: Terminal, name: str) -> None:
-    with open_gguf(model_path(name)) as file:
+    with _opened(model_path(name)) as file:
         facts = inspect(file)
     if terminal.json:
         terminal.document(facts)
@@ -40,6 +41,15 @@ def show_info(terminal: Terminal, name: str) -> None:
         terminal.write(f"{label:<11} {text}\n")
     for warning in facts["warnings"]:
         terminal.note(f"warning: {warning}")
+
+
+def _opened(path: Path) -> GGUF:
+    """A file, or the metadata of a folder for ONNX Runtime, which declares the weights too."""
+    if not path.is_dir() or not any(path.glob("*.onnx")):
+        return open_gguf(path)
+    from edgellama.runtimes.onnx_folder import open_folder
+
+    return open_folder(path, checksums=False).file
 
 
 def inspect(file: GGUF) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def inspect(file: GGUF) -> dict[str, Any]:
 
 
 def _vocabulary(file: GGUF, tokenizer: Tokenizer) -> dict[str, Any]:
-    tokens = file.metadata["tokenizer.ggml.tokens"]
+    tokens: Any = file.metadata["tokenizer.ggml.tokens"]  # the tokenizer has checked them
     return {
         "kind": _text(file, "tokenizer.ggml.model"),
         "pre": _text(file, "tokenizer.ggml.pre"),
