@@ -15,6 +15,7 @@ from edgellama.sampling import checked_integer
 
 Overflow = Literal["error", "shift", "drop-oldest"]
 POLICIES = ("error", "shift", "drop-oldest")
+HINT = "Shorten it, let overflow='shift' drop earlier messages, or load a larger context"
 REPLY_SHARE = 4  # 1 / of the context is kept free for the reply
 
 Messages = Sequence[Mapping[str, Any]]
@@ -53,7 +54,7 @@ def fitted(
         reply = min(reply, checked_integer("max_tokens", max_tokens, 0, MOST_TOKENS))
     ids, room = encode(messages), context - reply
     if overflow == "error" and len(ids) > context:
-        raise ContextOverflow(len(ids), context)
+        raise ContextOverflow(len(ids), context, HINT)
     if overflow == "error" or len(ids) <= room:
         return Fitted(ids)
     kept = _kept(messages, encode, room, keep_system=overflow == "shift")

@@ -10,8 +10,11 @@ from typing import Protocol
 class BytesOfTokens(Protocol):
     """The part of a tokenizer that comparing texts needs."""
 
+    @property
+    def user_defined_texts(self) -> frozenset[str]: ...
     def token_bytes(self, token: int, /) -> bytes: ...
-    def is_control(self, token: int, /) -> bool: ...
+    def token_text(self, token: int, /) -> str: ...
+    def is_special(self, token: int, /) -> bool: ...
 
 
 def shared_length(cached: Sequence[int], ids: Sequence[int]) -> int:
@@ -29,15 +32,17 @@ def as_cached(cached: Sequence[int], ids: Sequence[int], tokenizer: BytesOfToken
 
     A model may write a word in other tokens than its tokenizer cuts it into. When the reply comes
     back as a message, its text is that of the cache, and so is what the model meant by it; only
-    the ids would differ, and all behind them would be computed again. Control tokens spell
-    nothing: both must have the same ones.
+    the ids would differ, and all behind them would be computed again. Tokens with a name, whether
+    control or user-defined, are never taken for their text: both must have the same ones.
     """
+    named: frozenset[str] | None = None
     i = j = 0  # as far as both agree: cached[:i] spells what ids[:j] does
     while i < len(cached) and j < len(ids):
         if cached[i] == ids[j]:
             i, j = i + 1, j + 1
             continue
-        steps = _same_bytes(cached, ids, i, j, tokenizer)
+        named = tokenizer.user_defined_texts if named is None else named
+        steps = _same_bytes(cached, ids, i, j, tokenizer, named)
         if steps is None:
             break
         i, j = steps
@@ -45,7 +50,12 @@ def as_cached(cached: Sequence[int], ids: Sequence[int], tokenizer: BytesOfToken
 
 
 def _same_bytes(
-    cached: Sequence[int], ids: Sequence[int], i: int, j: int, tokenizer: BytesOfTokens
+    cached: Sequence[int],
+    ids: Sequence[int],
+    i: int,
+    j: int,
+    tokenizer: BytesOfTokens,
+    named: frozenset[str],
 ) -> tuple[int, int] | None:
     """The next places behind i and j up to which both spell the same; None if they never do."""
     mine = theirs = b""
@@ -55,7 +65,7 @@ def _same_bytes(
         if at == len(tokens):
             return None
         token = tokens[at]
-        if tokenizer.is_control(token):
+        if tokenizer.is_special(token) or tokenizer.token_text(token) in named:
             return None
         spelled = tokenizer.token_bytes(token)
         if not spelled:

@@ -13,7 +13,7 @@ import edgellama
 from edgellama import Model, Sampling, Usage
 from edgellama.reuse import as_cached, shared_length
 
-CONTROL = 1000  # ids from here on spell nothing
+CONTROL, NAMED = 1000, 999  # a control token, and one that is user-defined
 
 
 class Spelling:
@@ -29,10 +29,17 @@ class Spelling:
         return self.texts.index(raw)
 
     def token_bytes(self, token: int) -> bytes:
-        return b"<control>" if token >= CONTROL else self.texts[token]
+        return b"<name>" if token >= NAMED else self.texts[token]
 
-    def is_control(self, token: int) -> bool:
-        return token >= CONTROL
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode()
+
+    @property
+    def user_defined_texts(self) -> frozenset[str]:
+        return frozenset(["<name>"])
+
+    def is_special(self, token: int) -> bool:
+        return token == CONTROL
 
     def cut(self, text: str, lengths: list[int]) -> list[int]:
         """The text in pieces of these lengths; "|" is a control token."""
@@ -80,11 +87,15 @@ def ends_together(spelling: Spelling, cached: list[int], ids: list[int]) -> bool
     return any(spelling.text(ids[:j]) == text for j in range(len(ids) + 1))
 
 
-def test_control_tokens_are_no_text() -> None:
+@pytest.mark.parametrize("name", [CONTROL, NAMED])
+def test_tokens_with_a_name_are_no_text(name: int) -> None:
+    """Text that looks like the end of a turn must not become one, nor the other way round."""
     spelling = Spelling()
-    a, look = spelling.id("a"), spelling.id("<control>")
-    assert as_cached([a, look, a], [a, CONTROL, a], spelling) == [a, CONTROL, a]
-    assert as_cached([a, CONTROL, a], [a, look, a], spelling) == [a, look, a]
+    a, first, second = (spelling.id(text) for text in ("a", "<na", "me>"))
+    look = [a, first, second, a]
+    assert as_cached(look, [a, name, a], spelling) == [a, name, a]
+    assert as_cached([a, name, a], look, spelling) == look
+    assert as_cached([a, name, a], [a, name, a], spelling) == [a, name, a]
 
 
 # --- with models --------------------------------------------------------------------------------

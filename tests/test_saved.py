@@ -4,6 +4,8 @@ import hashlib
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -346,6 +348,68 @@ def test_writing_that_fails_leaves_the_old_file(plain: Model, path: Path, tmp_pa
     assert path.stat().st_size == size
     session.save(tmp_path / "a")
     assert plain.restore(tmp_path / "a").position == 9
+
+
+FORK = """
+import os, sys, threading, time
+import edgellama
+model = edgellama.load(sys.argv[1], threads=2)
+session, token = model.session(), edgellama.CancelToken()
+session.forward([1, 2, 3])
+session.save(sys.argv[2])
+
+def busy():
+    with session._turns.turn():  # a fork inherits the lock, and nobody who would open it
+        token_set.wait(60)
+
+token_set = threading.Event()
+thread = threading.Thread(target=busy)
+thread.start()
+time.sleep(0.1)
+child = os.fork()
+if child == 0:
+    calls = (
+        lambda: session.save(sys.argv[2]),
+        lambda: session.truncate(0),
+        lambda: list(model.generate([1], session=session)),
+        lambda: model.restore(sys.argv[2]),
+    )
+    right = 0
+    for call in calls:
+        try:
+            call()
+        except edgellama.ForkedProcess:
+            right += 1
+    os._exit(right)
+_, status = os.waitpid(child, 0)
+token_set.set()
+thread.join(60)
+assert os.waitstatus_to_exitcode(status) == 4, status
+assert model.restore(sys.argv[2]).ids == (1, 2, 3)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forking is POSIX's")
+def test_a_forked_child_is_refused(path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(path), str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_default_model_goes_on_too(default_model: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Name a colour."}]
+    with edgellama.load(default_model, context=256, deterministic=True) as model:
+        session = model.session()
+        list(model.chat(messages, Sampling(temperature=0), max_tokens=5, session=session))
+        session.save(tmp_path / "a")
+        ids, logits = session.ids, session.forward([10, 20, 30])
+    with edgellama.load(default_model, context=512, deterministic=True) as model:
+        restored = model.restore(tmp_path / "a")
+        assert restored.ids == ids
+        fresh = model.session().forward([*ids, 10, 20, 30])
+        again = restored.forward([10, 20, 30])
+    assert np.array_equal(again.view(np.uint32), logits.view(np.uint32))
+    assert np.array_equal(fresh.view(np.uint32), logits.view(np.uint32))
 
 
 def test_closed_ones_refuse(path: Path, tmp_path: Path) -> None:

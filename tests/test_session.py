@@ -307,6 +307,38 @@ def test_a_session_of_another_model_is_refused(model: Model, path: Path) -> None
                 call([1, 2], session=other.session())
 
 
+def test_prompts_up_to_the_context(model: Model) -> None:
+    """One token fewer leaves room for a token; as many leave none; one more is refused."""
+    for size, reply in ((CONTEXT - 1, 1), (CONTEXT, 0)):
+        chunks = list(model.generate(([1, 5] * CONTEXT)[:size]))
+        assert len([c for c in chunks if c.token is not None]) == reply
+        assert chunks[-1].finish_reason in ("context", "stop")
+    for size in (CONTEXT + 1, 10 * CONTEXT):
+        with pytest.raises(ContextOverflow, match=f"{size} tokens do not fit the context of 100"):
+            model.generate(([1, 5] * 10 * CONTEXT)[:size])
+
+
+def test_an_empty_prompt_is_bos_or_refused(model: Model, tmp_path: Path) -> None:
+    last = list(model.generate("", max_tokens=1))[-1]
+    assert last.usage is not None and last.usage.prompt_tokens == 1
+    with pytest.raises(ParameterError, match="at least one token"):
+        model.generate([])
+    path = write_tiny(tmp_path / "a.gguf", metadata={"tokenizer.ggml.add_bos_token": False})
+    with (
+        edgellama.load(path, threads=1) as without,
+        pytest.raises(ParameterError, match="at least one token"),
+    ):
+        without.generate("")
+
+
+def test_leaving_a_session_closes_it(model: Model) -> None:
+    with model.session() as session:
+        session.forward([1])
+    with pytest.raises(ParameterError, match="closed"):
+        session.forward([1])
+    assert session.position == 0
+
+
 @pytest.mark.parametrize("prompt", [None, b"abc", 5])
 def test_a_prompt_is_text_or_ids(model: Model, prompt: Any) -> None:
     with pytest.raises(ParameterError, match="expected text or token ids"):
