@@ -67,13 +67,6 @@ class OnnxFolder:
         self.file.close()
 
 
-def is_onnx(path: Path) -> bool:
-    """Whether a path is meant as an ONNX model, ours or not."""
-    if path.is_dir():
-        return (path / MANIFEST).exists() or any(path.glob("*.onnx"))
-    return path.suffix.lower() in (".onnx", ".ort")
-
-
 def open_folder(
     path: Path,
     *,

@@ -16,6 +16,7 @@ import pytest
 from tiny import tiny_config, write_tiny
 
 import edgellama
+from edgellama.cli.main import run
 from edgellama.quantize import quantize
 from edgellama.quantize.verify import verify
 
@@ -275,6 +276,14 @@ def test_every_row_is_refused_of_a_folder_that_loads(folder: Path) -> None:
             == sum(f.stat().st_size for f in folder.iterdir()) - (folder / MANIFEST).stat().st_size
         )
         assert np.isfinite(model.session().forward([1, 2, 3])).all()
+
+
+def test_info_and_estimate(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", str(original), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["config"]["n_layers"] == 1 and told["config"]["tied_output"] is True
+    assert run(["estimate", str(original), "--json"]) == 0
+    assert run(["run", str(original), "the", "--raw", "-n", "3", "--json"]) == 0
 
 
 def test_a_tied_head_is_stored_once(original: Path) -> None:
