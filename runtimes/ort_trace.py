@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from edgellama.errors import ParameterError
 from edgellama.runtimes.onnx_lowering import LOGITS, Manner, lower
 from edgellama.runtimes.ort import Ort
 from edgellama.runtimes.trace import Values
@@ -21,6 +22,8 @@ class OfOrt:
     """
 
     def __init__(self, runtime: Ort, fused: bool = False) -> None:
+        if runtime.manner.dtype == "bfloat16":  # NumPy has no such type
+            raise ParameterError("values in bfloat16 cannot be shown", field="dtype")
         manner = replace(runtime.manner, fused=fused)
         if not fused:
             manner = replace(manner, accuracy=0)
