@@ -1,5 +1,7 @@
 """What the next turn of a chat has to compute: the new tokens, and nothing else."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,17 @@ def test_log_probabilities_are_of_the_raw_logits(model: Model) -> None:
         assert chunk.token is not None and chunk.logprob == pytest.approx(
             row[chunk.token], abs=1e-5
         )
+
+
+def test_the_benchmark_of_turns_prints_its_table(tmp_path: Path) -> None:
+    config = tiny_config(context_length=512)
+    path = write_tiny(tmp_path / "tiny.gguf", config)
+    script = Path(__file__).parent.parent / "benchmarks" / "turns.py"
+    command = [sys.executable, str(script), str(path), "--tokens", "20,200", "--new", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["20", "200"] and all(len(row) == 7 for row in rows)
 
 
 def test_turns_of_the_default_model(default_model: Path) -> None:
