@@ -8,6 +8,8 @@ quantize_row_*_K_impl, which the arithmetic here matches to the bit.
 A block is encoded in three steps: a search gives each sub-block a scale (and a minimum); these are
 rounded to small integers; codes follow from the rounded ones. Where a rounded scale is 0, codes
 stay those of the search, as in ggml.
+
+Knows nothing about where rows come from: `encode.py` cuts them into lanes.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """The K types with scales alone, of either sign: Q6_K and Q3_K, 16 sub-blocks of 16 numbers.
 
-Otherwise as `encode_k.py`, which see.
+Otherwise as `encode_k.py`, which see. Knows nothing about minima.
 """
 
 from typing import Any

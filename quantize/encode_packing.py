@@ -1,6 +1,7 @@
 """How K types lay out a block: where kernels keep its parts, and how codes and scales are packed.
 
-The inverse of `packed.py`, sixteen blocks at once. A word is 4 bytes of each block.
+The inverse of `packed.py`, sixteen blocks at once. A word is 4 bytes of each block. Knows nothing
+about how scales and codes are found.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ SUMS = CODE_LEASTS + 16 * V
 SMALL = SUMS + 16 * V
 SMALL_MINIMA = SMALL + 16 * V
 BYTES = SMALL_MINIMA + 16 * V
-ROOM = BYTES + BLOCK * 16
+ROOM = BYTES + BLOCK * 16  # what `encode.ROOM` must hold
 
 
 @inline

@@ -2,7 +2,8 @@
 
 A kernel takes groups of 16 lanes; a lane is a run of blocks, so that importance, which differs by
 column, is the same for all. Source: ggml's quantize_row_*_ref and quantize_row_*_impl, which the
-arithmetic here matches to the bit. K types: see `encode_k.py`.
+arithmetic here matches to the bit. K types: see `encode_k.py`. Knows nothing about where rows come
+from: `encode.py` cuts them into lanes.
 """
 
 from collections.abc import Callable

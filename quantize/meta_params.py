@@ -2,7 +2,8 @@
 
 The file says less than a `config.json` does: no context length, no factor of the rope scaling, and
 often no size of the vocabulary. What the tensors do not tell follows from which release has such
-parameters, with a note. Source: the reference code of each release (`ModelArgs`).
+parameters, with a note. Source: the reference code of each release (`ModelArgs`). Knows nothing
+about tensors but the rows of the embedding.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Gives every type's codes as one byte each, and K types' scales and minima of sub-blocks. What they
 are multiplied by is `blocks.py`'s business; kernels' memory is `repack.py`'s. Source: ggml's type
-definitions.
+definitions. Knows nothing about tensors and files.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """A source as a file that runs: a checkpoint becomes a temporary GGUF file of floats.
 
-What calibrates or measures needs a model that can be loaded, whatever the source is.
+What calibrates or measures needs a model that can be loaded, whatever the source is. Knows nothing
+about what it is run for.
 """
 
 import contextlib
