@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import tokenizerfiles as files
-from tokenizerfiles import PIECES, added, byte_fallback, byte_level
+from tokenizerfiles import PIECES, added, byte_fallback, byte_level, tokenizer
 
 from edgellama.bpe import alphabet
 from edgellama.errors import EdgeLlamaError, ParameterError, TokenizerError, UnsupportedModelError
 from edgellama.quantize.tiktoken import draft_of_ranks, read_ranks
 from edgellama.quantize.vocabularies import tokenizer_metadata
-from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
+from edgellama.tokenizer import tokenizer_from_gguf
 from edgellama.vocab import CONTROL
 
 ROWS = len(PIECES)
@@ -27,11 +27,6 @@ Refuse = Callable[..., str]
 @pytest.fixture
 def refuse(tmp_path: Path) -> Refuse:
     return partial(files.refusal, tmp_path)
-
-
-def tokenizer(folder: Path, rows: int, **content: Any) -> Tokenizer:
-    metadata = tokenizer_metadata(files.write(folder, **content), rows, [])
-    return tokenizer_from_gguf(metadata)
 
 
 GOOD = files.sentencepiece()

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import tokenizerfiles as files
-from tokenizerfiles import PIECES, added, byte_fallback, byte_level, field, piece, varint
+from tokenizerfiles import PIECES, added, byte_fallback, byte_level, field, piece, tokenizer, varint
 
 from edgellama.errors import EdgeLlamaError, ParameterError, TokenizerError, UnsupportedModelError
 from edgellama.quantize.draft import tokens_by_id
 from edgellama.quantize.vocabularies import tokenizer_metadata
-from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 from edgellama.vocab import BYTE, MOST_SPECIAL, NORMAL
 
 ROWS = len(PIECES)
@@ -24,11 +23,6 @@ Refuse = Callable[..., str]
 @pytest.fixture
 def refuse(tmp_path: Path) -> Refuse:
     return partial(files.refusal, tmp_path)
-
-
-def tokenizer(folder: Path, rows: int, **content: Any) -> Tokenizer:
-    metadata = tokenizer_metadata(files.write(folder, **content), rows, [])
-    return tokenizer_from_gguf(metadata)
 
 
 GOOD = files.sentencepiece()

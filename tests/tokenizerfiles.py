@@ -13,6 +13,7 @@ from edgellama.bpe import alphabet
 from edgellama.errors import EdgeLlamaError, TokenizerError
 from edgellama.quantize.pretokenizers import LLAMA3
 from edgellama.quantize.vocabularies import tokenizer_metadata
+from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 from edgellama.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 SPACE = "\u2581"
@@ -205,6 +206,11 @@ def write(folder: Path, **files: Any) -> Path:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         (folder / name).write_bytes(data)
     return folder
+
+
+def tokenizer(folder: Path, rows: int, **files: Any) -> Tokenizer:
+    """The tokenizer that a folder of these files gives a model of so many rows."""
+    return tokenizer_from_gguf(tokenizer_metadata(write(folder, **files), rows, []))
 
 
 def refusal(
