@@ -17,7 +17,7 @@ from edgellama.quantize.source import Source
 from edgellama.runtimes.reference import Array, ReferenceSession
 from edgellama.weights import ROPE_FACTORS
 
-PIECE = 1 << 22  # weights of a tied head read at a time
+PIECE = 1 << 22  # weights multiplied at a time: small products waste most of the time
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Forecast:
         self._values: dict[str, Array] = {"tokens": np.concatenate(prompts).astype(np.int64)}
         self._values["rows"] = ends - 1
         self._nodes, self._out = list(graph.nodes), np.zeros(0, np.float32)
+        self._waiting: list[Array] = []  # rows of the linear node at hand
         self._last_use = {name: node.output for node in graph.nodes for name in node.inputs}
 
     def see(self, name: str, first: int, rows: Array) -> None:
@@ -72,7 +73,7 @@ class Forecast:
             self._out = self._room(node, n_rows, rows)
         last = first + len(rows)
         if node.op == "linear":
-            self._out[:, first:last] = self._values[node.inputs[0]] @ rows.T
+            self._gather(node, rows, last)
         elif node.op == "embed":
             tokens = self._values["tokens"]
             here = (tokens >= first) & (tokens < last)
@@ -81,6 +82,15 @@ class Forecast:
             self._out[first:last] = rows
         if last == n_rows:
             self._finish(node)
+
+    def _gather(self, node: Node, rows: Array, last: int) -> None:
+        """Multiply, once enough rows are there."""
+        self._waiting.append(rows)
+        n_rows = sum(map(len, self._waiting))
+        if n_rows * rows.shape[1] >= PIECE or last == self._out.shape[1]:
+            together = np.concatenate(self._waiting) if len(self._waiting) > 1 else rows
+            self._out[:, last - n_rows : last] = self._values[node.inputs[0]] @ together.T
+            self._waiting = []
 
     def logits(self) -> NDArray[np.float32]:
         """(prompts, vocab_size), once all weights were seen; a tied head is read again."""
