@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 MAGIC, VERSION = b"edgesess", 1
 HEADER = struct.Struct("<8sII32s32s32s")
 DIGEST = 32  # bytes of a SHA-256
+NAME = 32  # characters of a name in the header; longer ones are cut
 PIECE = 2**20  # bytes read or written between two looks at the cancel token
 DAMAGED = "The file is damaged: start the conversation anew"
 
@@ -58,8 +59,9 @@ def save_session(
 
     Raises OutputError, Cancelled.
     """
-    kind, origin = (text.encode().ljust(32) for text in (session.cache_kind, session.cache_origin))
-    header = HEADER.pack(MAGIC, VERSION, len(ids), fingerprint, kind, origin)
+    kind, origin = session.cache_kind[:NAME].ljust(NAME), session.cache_origin[:NAME].ljust(NAME)
+    names = kind.encode("ascii"), origin.encode("ascii")
+    header = HEADER.pack(MAGIC, VERSION, len(ids), fingerprint, *names)
     header += hashlib.sha256(header).digest()
     digest = hashlib.sha256()
     with atomic_output(path) as file:
@@ -187,12 +189,12 @@ class _Reader:
         return int(count)
 
     def _compare(self, session: SavableSession, kind: str, origin: str, exact: bool) -> None:
-        if kind != session.cache_kind:
-            same_runtime = kind.split(" ")[0] == session.cache_kind.split(" ")[0]
-            field = "kv_type" if same_runtime else "runtime"
-            raise self._unfit(field, kind, session.cache_kind)
-        if exact and origin != session.cache_origin:
-            raise self._unfit("deterministic", origin, session.cache_origin)
+        own_kind, own_origin = session.cache_kind[:NAME], session.cache_origin[:NAME]
+        if kind != own_kind:
+            same_runtime = kind.split(" ")[0] == own_kind.split(" ")[0]
+            raise self._unfit("kv_type" if same_runtime else "runtime", kind, own_kind)
+        if exact and origin != own_origin:
+            raise self._unfit("deterministic", origin, own_origin)
 
     def _unfit(self, field: str, found: str, wanted: str) -> ParameterError:
         problem, hint = {

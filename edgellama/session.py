@@ -199,8 +199,8 @@ class Session:
 
         It holds the ids, and their keys and values: as many bytes as the part of the cache in use
         (see `saved.py` for the format). An existing file is replaced, whole or not at all. Raises
-        OutputError; ParameterError for a runtime whose sessions cannot be saved (onnx, llama.cpp),
-        or for the model's own file; Cancelled, ForkedProcess.
+        OutputError; ParameterError for a runtime whose sessions cannot be saved (llama.cpp), or for
+        the model's own file; Cancelled, ForkedProcess.
         """
         from edgellama.saved import save_session
 
@@ -271,7 +271,7 @@ def _savable(session: RuntimeSession, model: "Model") -> tuple[SavableSession, b
         f"sessions of the {name} runtime cannot be saved or restored",
         field="runtime",
         value=name,
-        allowed="cpu, reference",
+        allowed="cpu, onnx, reference",
         hint="Keep the messages instead, and let the model read them again",
     )
 
