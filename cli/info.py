@@ -85,13 +85,15 @@ def _vocabulary(file: GGUF, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _memory(file: GGUF, config: ModelConfig) -> dict[str, int]:
-    """Of the cpu runtime, in bytes: without keys and values, and these for 1,000 tokens."""
+def _memory(file: GGUF, config: ModelConfig) -> dict[str, Any]:
+    """Bytes in the runtime that `load` takes: keys and values for 1,000 tokens, and the rest."""
     types = {name: file.tensors[name].type.name for name in expected_shapes(config)}
     context = min(config.context_length, AT)
-    found = estimate_shape(config, types, context=context).memory
+    runtime = "onnx" if file.path.is_dir() else "cpu"
+    found = estimate_shape(config, types, runtime=runtime, context=context).memory
     cache = found.pop("kv_cache")
-    return {"fixed": sum(found.values()), "kv_per_1000_tokens": cache * 1000 // context}
+    each = cache * 1000 // context
+    return {"runtime": runtime, "fixed": sum(found.values()), "kv_per_1000_tokens": each}
 
 
 def _declared(file: GGUF) -> dict[str, Any]:
@@ -186,6 +188,6 @@ def _config_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "memory",
             f"{memory['fixed'] / 1e6:,.0f} MB and {memory['kv_per_1000_tokens'] / 1e6:,.1f} MB for "
-            "1,000 tokens of context, in the cpu runtime",
+            f"1,000 tokens of context, in the {memory['runtime']} runtime",
         ),
     ]

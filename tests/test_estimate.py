@@ -12,7 +12,7 @@ from tiny import tiny_config, write_tiny
 import edgellama
 from edgellama import ParameterError
 from edgellama.cli.main import run
-from edgellama.estimate import Estimate, estimate, estimate_shape
+from edgellama.estimate import ONNX_COPIES, Estimate, estimate, estimate_shape
 
 HANG = 300.0
 FILL = """
@@ -85,6 +85,16 @@ def test_reference_and_onnx_count_as_they_do(tmp_path: Path) -> None:
     onnx = estimate(path, runtime="onnx", context=64)
     assert onnx.memory["kv_cache"] >= 2 * estimate(path, context=64).memory["kv_cache"]
     assert onnx.notes and not onnx.device_memory
+
+
+def test_a_folder_for_onnx_runtime(tmp_path: Path) -> None:
+    path, folder = write_tiny(tmp_path / "tiny.gguf", types="Q8_0"), tmp_path / "tiny.onnx"
+    assert run(["quantize", str(path), str(folder), "--type", "Q8_0", "--quiet"]) == 0
+    said = estimate(folder, context=64)
+    data = (folder / "model.onnx.data").stat().st_size
+    assert said.runtime == "onnx" and said.memory["weights"] == int(ONNX_COPIES * data)
+    with pytest.raises(ParameterError, match="onnx"):
+        estimate(folder, runtime="cpu")
 
 
 def test_a_gpu_has_memory_of_its_own() -> None:
