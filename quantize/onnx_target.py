@@ -17,6 +17,7 @@ from edgellama.weights import ROPE_FACTORS
 if TYPE_CHECKING:
     from edgellama.quantize.convert import Witness
     from edgellama.quantize.stream import Streamer
+    from edgellama.runtimes.onnx_export import FolderWriter
 
 SUFFIX = ".onnx"
 TYPES = tuple(name for name in FILE_TYPES if "_K" not in name)
@@ -67,17 +68,9 @@ def write(
 
     source, planned = streamer.source, streamer.plan
     types = {t.name: t.type for t in planned.tensors if t.name != ROPE_FACTORS}
-    factors: list[float] | None = None
     with atomic_folder(output) as folder:
         with closing(FolderWriter(folder, decoder(source.config), types)) as writer:
-            with closing(streamer.pieces()) as pieces:
-                for piece in pieces:
-                    if piece.planned.name == ROPE_FACTORS:
-                        factors = piece.data.reshape(-1).view("<f4").tolist()
-                    else:
-                        writer.write(piece.planned.name, piece.first, piece.data)
-                    if witness:
-                        witness.see(piece)
+            factors = _write_pieces(writer, streamer, witness)
             kept = dict(metadata)
             if witness:
                 kept[witness.key] = witness.testify()
@@ -86,3 +79,19 @@ def write(
             streamer.cancel.check("the conversion")  # the last moment at which nothing has changed
         size = sum(entry.stat().st_size for entry in folder.iterdir())
     return size, writer.notes
+
+
+def _write_pieces(
+    writer: "FolderWriter", streamer: "Streamer", witness: "Witness | None"
+) -> list[float] | None:
+    """Write all weights but the rope factors, which are metadata of a folder: they are returned."""
+    factors: list[float] | None = None
+    with closing(streamer.pieces()) as pieces:
+        for piece in pieces:
+            if piece.planned.name == ROPE_FACTORS:
+                factors = piece.data.reshape(-1).view("<f4").tolist()
+            else:
+                writer.write(piece.planned.name, piece.first, piece.data)
+            if witness:
+                witness.see(piece)
+    return factors
