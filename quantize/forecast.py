@@ -59,7 +59,8 @@ class Forecast:
         self._spans = [slice(end - len(ids), end) for ids, end in zip(prompts, ends, strict=True)]
         self._values: dict[str, Array] = {"tokens": np.concatenate(prompts).astype(np.int64)}
         self._values["rows"] = ends - 1
-        self._nodes, self._out = list(graph.nodes), np.zeros(0, np.float32)
+        self._nodes = list(graph.nodes)
+        self._out: Array = np.zeros(0, np.float32)
         self._waiting: list[Array] = []  # rows of the linear node at hand
         self._last_use = {name: node.output for node in graph.nodes for name in node.inputs}
 
