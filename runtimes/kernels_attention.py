@@ -154,6 +154,46 @@ def score16(query: int, keys: int, head_dim: int, kind: int) -> Any:
 
 
 @inline
+def four_scores(query: int, keys: int, key: int, head_dim: int, kind: int) -> Any:
+    """`score16` of a whole block: four chains of additions at a time hide each other's delay."""
+    zero = simd.splat_f32(float32(0.0))
+    a, b, c, d = zero, zero, zero, zero
+    if kind == Q8_0:
+        for i in range(0, head_dim, BLOCK):
+            at = keys + i * (LANES + 1)
+            e, f, g, h = zero, zero, zero, zero
+            for j in range(min(BLOCK, head_dim - i)):
+                column, line = simd.splat_f32(memory.load_f32(query + (i + j) * 4)), at + j * LANES
+                e = simd.fma(memory.load_i8x16(line), column, e)
+                f = simd.fma(memory.load_i8x16(line + key), column, f)
+                g = simd.fma(memory.load_i8x16(line + 2 * key), column, g)
+                h = simd.fma(memory.load_i8x16(line + 3 * key), column, h)
+            at += BLOCK * LANES
+            a = simd.fma(e, memory.load_f16x16(at), a)
+            b = simd.fma(f, memory.load_f16x16(at + key), b)
+            c = simd.fma(g, memory.load_f16x16(at + 2 * key), c)
+            d = simd.fma(h, memory.load_f16x16(at + 3 * key), d)
+        return a, b, c, d
+    size = LANES * (4 - 2 * kind)
+    for i in range(head_dim):
+        column, line = simd.splat_f32(memory.load_f32(query + i * 4)), keys + i * size
+        a = simd.fma(load_cached(line, kind), column, a)
+        b = simd.fma(load_cached(line + key, kind), column, b)
+        c = simd.fma(load_cached(line + 2 * key, kind), column, c)
+        d = simd.fma(load_cached(line + 3 * key, kind), column, d)
+    return a, b, c, d
+
+
+@inline
+def keep_score(score: Any, at: int, low: int, high: int, scratch: int, peak: Any) -> Any:
+    """Note 16 scores, those of positions low..high-1; gives the largest of each lane so far."""
+    index = simd.add(simd.lane_numbers(), simd.splat_i32(int32(at)))
+    score = simd.keep_lanes(index, int32(low), int32(high), score)
+    memory.store_f32x16(scratch + at * 4, score)
+    return simd.maximum(peak, score)
+
+
+@inline
 def add_value(total: Any, weight: Any, values: int, column: int, kind: int) -> Any:
     """total + weight times columns column..column+15 of one position's values."""
     if kind == Q8_0:
@@ -162,6 +202,38 @@ def add_value(total: Any, weight: Any, values: int, column: int, kind: int) -> A
         return simd.fma(memory.load_i8x16(at + 2 + column % BLOCK), scaled, total)
     value = load_cached(values + column * (4 - 2 * kind), kind)
     return simd.fma(value, simd.splat_f32(weight), total)
+
+
+@inline
+def add_four(
+    part: int, shrink: Any, values: int, value: int, low: int, high: int, column: int, kind: int,
+    scratch: int,
+) -> None:  # fmt: skip
+    """Columns column..column+63 of a part, brought to the new scale, plus positions' values."""
+    at = part + column * 4
+    a = simd.mul(memory.load_f32x16(at), shrink)
+    b = simd.mul(memory.load_f32x16(at + 64), shrink)
+    c = simd.mul(memory.load_f32x16(at + 128), shrink)
+    d = simd.mul(memory.load_f32x16(at + 192), shrink)
+    for position in range(low, high):
+        weight, here = memory.load_f32(scratch + position * 4), values + position * value
+        if kind == Q8_0:
+            line = here + column // BLOCK * (BLOCK + 2)
+            first = simd.splat_f32(weight * memory.load_f16(line))
+            second = simd.splat_f32(weight * memory.load_f16(line + BLOCK + 2))
+            a = simd.fma(memory.load_i8x16(line + 2), first, a)
+            b = simd.fma(memory.load_i8x16(line + 18), first, b)
+            c = simd.fma(memory.load_i8x16(line + BLOCK + 4), second, c)
+            d = simd.fma(memory.load_i8x16(line + BLOCK + 20), second, d)
+        else:
+            a = add_value(a, weight, here, column, kind)
+            b = add_value(b, weight, here, column + 16, kind)
+            c = add_value(c, weight, here, column + 32, kind)
+            d = add_value(d, weight, here, column + 48, kind)
+    memory.store_f32x16(at, a)
+    memory.store_f32x16(at + 64, b)
+    memory.store_f32x16(at + 128, c)
+    memory.store_f32x16(at + 192, d)
 
 
 @inline
@@ -189,12 +261,16 @@ def attend_block(
     key, value = key_bytes(kind, head_dim), value_bytes(kind, head_dim)
     previous = memory.load_f32(sums + 64)
     peak = simd.splat_f32(previous)
-    for i in range(low // LANES * LANES, high, LANES):
-        score = score16(query, keys + i // LANES * key, head_dim, kind)
-        index = simd.add(simd.lane_numbers(), simd.splat_i32(int32(i)))
-        score = simd.keep_lanes(index, int32(low), int32(high), score)
-        memory.store_f32x16(scratch + i * 4, score)
-        peak = simd.maximum(peak, score)
+    if low < LANES and high > 2 * LANES:
+        a, b, c, d = four_scores(query, keys, key, head_dim, kind)
+        peak = keep_score(a, 0, low, high, scratch, peak)
+        peak = keep_score(b, LANES, low, high, scratch, peak)
+        peak = keep_score(c, 2 * LANES, low, high, scratch, peak)
+        peak = keep_score(d, 3 * LANES, low, high, scratch, peak)
+    else:
+        for i in range(low // LANES * LANES, high, LANES):
+            score = score16(query, keys + i // LANES * key, head_dim, kind)
+            peak = keep_score(score, i, low, high, scratch, peak)
     largest = simd.max_f32(peak)
     memory.store_f32(sums + 64, largest)
     shrink = exp(simd.splat_f32(previous - largest))
@@ -204,7 +280,10 @@ def attend_block(
         memory.store_f32x16(scratch + i * 4, weight)
         weights = simd.add(weights, weight)
     memory.store_f32x16(sums, weights)
-    for i in range(0, width, LANES):
+    whole = width // (4 * LANES) * (4 * LANES)
+    for i in range(0, whole, 4 * LANES):
+        add_four(part, shrink, values, value, low, high, i, kind, scratch)
+    for i in range(whole, width, LANES):
         total = simd.mul(memory.load_f32x16(part + i * 4), shrink)
         for position in range(low, high):
             weight = memory.load_f32(scratch + position * 4)
@@ -233,6 +312,14 @@ def copy_scaled(x: int, to: int, n: int, scale: Any) -> None:
 
 
 @inline
+def fetch_share(start: int, n_bytes: int, number: int, count: int) -> None:
+    """Ask for one of `count` shares of what lies ahead; its pages follow no pattern to foresee."""
+    share = (n_bytes // 64 + count - 1) // count * 64
+    for at in range(number * share, min((number + 1) * share, n_bytes), 64):
+        memory.prefetch(start + at)
+
+
+@inline
 def attend_split(
     queries: int, to: int, step: int, group: int, cache: int, block_bytes: int, head: int,
     n_kv_heads: int, begin: int, end: int, head_dim: int, kind: int, scratch: int,
@@ -251,6 +338,8 @@ def attend_split(
         low = max(int64(0), begin - block * KEYS_AT_ONCE)
         high = min(int64(KEYS_AT_ONCE), end - block * KEYS_AT_ONCE)
         for i in range(group):
+            fetch_share(keys + block_bytes, 4 * key, i, group)
+            fetch_share(values + block_bytes, KEYS_AT_ONCE * value, i, group)
             query, part = queries + i * head_dim * 4, to + i * step
             attend_block(query, part, keys, values, low, high, head_dim, kind, scratch)
 
