@@ -35,7 +35,7 @@ PROMPTS = (
 )
 TURNED = ("attn_q.weight", "attn_k.weight")  # whose rows rope pairs up
 TOP = 16  # logits kept of each prompt
-_SUM = 16  # hexadecimal digits of a checksum
+SUM = 16  # hexadecimal digits of a checksum
 _LOGIT = 12  # characters that a rounded logit and its comma may take
 _ERROR = 10  # those of an error
 SAMPLE = 1 << 16  # weights of each tensor that are compared with the source's
@@ -78,7 +78,7 @@ class Certificate:
 
 
 def checksum(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:_SUM]
+    return hashlib.sha256(data).hexdigest()[:SUM]
 
 
 def key_checksums(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -131,7 +131,7 @@ class Clerk:
         self._sums = {name: hashlib.sha256() for name in tensors}
         empty = Certificate(
             self._rope,
-            dict.fromkeys(self._sums, "0" * _SUM),
+            dict.fromkeys(self._sums, "0" * SUM),
             dict.fromkeys(self._sums, 0.0),
             self._keys,
             tuple(Witnessed(tuple(ids), (), (), 0.0) for ids in self._ids),
@@ -161,7 +161,7 @@ class Clerk:
         return float(np.sum((found - wanted) ** 2)) / size if size else float(np.any(found))
 
     def testify(self) -> str:
-        sums = {name: digest.hexdigest()[:_SUM] for name, digest in self._sums.items()}
+        sums = {name: digest.hexdigest()[:SUM] for name, digest in self._sums.items()}
         prompts = [
             witnessed(ids, row) for ids, row in zip(self._ids, self._forecast.logits(), strict=True)
         ]

@@ -5,6 +5,7 @@ a tensor, a key, a prompt's tokens, or the answers. Knows nothing about how cert
 see `certificate.py`.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from edgellama.ggml import FLOATS
 from edgellama.gguf import GGUF, open_gguf
 from edgellama.graph import decoder
 from edgellama.quantize.certificate import (
+    SUM,
     TURNED,
     Certificate,
     Witnessed,
@@ -139,8 +141,6 @@ def mixed_up(file: GGUF, certificate: Certificate) -> list[str]:
 def _tensor_sums(
     file: GGUF, cancel: CancelToken | None, progress: Progress | None
 ) -> dict[str, str]:
-    import hashlib
-
     total, done, sums = sum(info.n_bytes for info in file.tensors.values()), 0, {}
     buffer = bytearray(PIECE)
     for name, info in file.tensors.items():
@@ -154,7 +154,7 @@ def _tensor_sums(
             done += len(view)
             if progress:
                 progress(done, total, "checking sums")
-        sums[name] = digest.hexdigest()[:16]
+        sums[name] = digest.hexdigest()[:SUM]
     return sums
 
 

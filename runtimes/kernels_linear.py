@@ -24,6 +24,14 @@ AHEAD = 2304  # bytes; where prefetching pays most on the machines measured
 Kernel = Callable[[int, int, int, int, int], None]
 
 
+@inline
+def put(total: Any, y: int, accumulate: int) -> None:
+    """16 sums to their place, or added to what is there."""
+    if accumulate != 0:
+        total = simd.add(memory.load_f32x16(y), total)
+    memory.store_f32x16(y, total)
+
+
 def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
     """The matrix product of one weight type, from its pieces."""
     block_bytes, record_bytes, records = layout.block_bytes, layout.record_bytes, layout.records
@@ -69,20 +77,14 @@ def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
         for group in range(first, last):
             w, out = weight + group * blocks * block_bytes, y + group * LANES * 4
             if n_tokens == 1:
-                total = one_token(w, blocks, x)
-                if accumulate != 0:
-                    total = simd.add(memory.load_f32x16(out), total)
-                memory.store_f32x16(out, total)
+                put(one_token(w, blocks, x), out, accumulate)
                 continue
             for begin in range(0, n_tokens, TILE):
                 count = min(TILE, n_tokens - begin)
                 tile(w, blocks, x + begin * record_bytes, n_tokens, count, totals)
                 for t in range(count):
-                    at = out + (begin + t) * stride
                     total = memory.load_f32x16(totals + t * 64)
-                    if accumulate != 0:
-                        total = simd.add(memory.load_f32x16(at), total)
-                    memory.store_f32x16(at, total)
+                    put(total, out + (begin + t) * stride, accumulate)
 
     return linear
 

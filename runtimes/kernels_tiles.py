@@ -15,7 +15,7 @@ from numba import float32
 from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.kernels import argument, padded_tokens
-from edgellama.runtimes.kernels_linear import AHEAD, PIECES, Kernel
+from edgellama.runtimes.kernels_linear import AHEAD, PIECES, Kernel, put
 from edgellama.runtimes.repack import LAYOUTS, Layout
 
 WORD, LANES, TILE, PANEL, RECORD = abi.WORD, abi.LANES, abi.TILE, abi.PANEL, abi.BF16_RECORD
@@ -122,15 +122,6 @@ def nothing() -> None:
     """Where there are no tile registers to set up."""
 
 
-@inline
-def put(c: int, y: int, accumulate: int) -> None:
-    """16 sums to their place, or added to what is there."""
-    total = memory.load_f32x16(c)
-    if accumulate != 0:
-        total = simd.add(memory.load_f32x16(y), total)
-    memory.store_f32x16(y, total)
-
-
 def _tiles(load: Any, affine: Any, layout: Layout, unit: tuple[Any, Any, Any]) -> Kernel:
     """The product of one weight type, by a unit's (begin, block, end)."""
     block_bytes, records = layout.block_bytes, layout.records
@@ -170,7 +161,8 @@ def _tiles(load: Any, affine: Any, layout: Layout, unit: tuple[Any, Any, Any]) -
                 for i in range(min(TILE, n_tokens - token) * n_groups):
                     row, group = i // n_groups, i % n_groups
                     at = y + (token + row) * stride + (2 * pair + group) * (LANES * 4)
-                    put(c + row * (TILE * 4) + group * (LANES * 4), at, accumulate)
+                    total = memory.load_f32x16(c + row * (TILE * 4) + group * (LANES * 4))
+                    put(total, at, accumulate)
         end()
 
     return tiles
