@@ -1,7 +1,7 @@
 """Conversions killed at random moments, and what they leave behind.
 
 One process imports the converter and forks for each conversion, so that a kill hits the work and
-not the start of Python. Used by tests/test_quantize.py and benchmarks/kills.py.
+not the start of Python. Used by the tests of conversions and benchmarks/kills.py.
 """
 
 import hashlib

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zoo
+from conversions import names_in
 from tiny import tiny_config, write_tiny
 
 import edgellama
@@ -37,10 +38,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (at / "other.txt").write_text("a dog in the rain and no cat on the mat. " * 45)
     (at / "short.txt").write_text("the cat")
     return at
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def command(source: Path, output: Path, *more: object) -> list[str]:
