@@ -77,14 +77,7 @@ def load(
     if folder is not None:
         chosen = "onnx"
     with open_gguf(file_path) if folder is None else folder.file as file:
-        config = model_config(file)
-        warnings = [*file.warnings, *check_tensors(file, config)]
-        if cancel:
-            cancel.check("loading the model")
-        tokenizer = tokenizer_from_gguf(file.metadata, path=file_path)
-        _check_vocabulary(tokenizer, config, file_path)
-        if cancel:
-            cancel.check("loading the model")
+        config, tokenizer, warnings = _checked(file, file_path, cancel)
         on_cpu = chosen == "onnx" and device != "cuda"
         options = Options(
             context=_context(context, config, file, "f32" if on_cpu else kv_type),
@@ -103,6 +96,21 @@ def load(
     for warning in model.info.warnings:
         _LOG.warning("%s: %s", file_path.name, warning)
     return model
+
+
+def _checked(
+    file: GGUF, path: Path, cancel: CancelToken | None
+) -> tuple[ModelConfig, Tokenizer, list[str]]:
+    """Config and tokenizer, which must fit the tensors and each other; what is odd but allowed."""
+    config = model_config(file)
+    warnings = [*file.warnings, *check_tensors(file, config)]
+    if cancel:
+        cancel.check("loading the model")
+    tokenizer = tokenizer_from_gguf(file.metadata, path=path)
+    _check_vocabulary(tokenizer, config, path)
+    if cancel:
+        cancel.check("loading the model")
+    return config, tokenizer, warnings
 
 
 def _onnx_folder(

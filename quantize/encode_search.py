@@ -107,20 +107,10 @@ def _limits_and_sums(x: int, w: int, n: int) -> Any:
     return low, high, sum_w, sum_x
 
 
-def fit_minimum(n: int, top: int, first: float, step: float, steps: int, mean: bool = False) -> Any:
-    """Scale and minimum, codes 0..top: ggml's make_qkx2_quants and make_qkx3_quants.
-
-    `mean`: errors count by their size, not by their squares.
-    """
-
-    @inline
-    def size(difference: Any) -> Any:
-        if mean:
-            return absolute(difference)
-        return difference * difference
-
+def _minimum_sums(n: int, top: int) -> Any:
     @inline
     def sums(x: int, w: int, room: int, scale: Any, least: Any) -> Any:
+        """Store the codes, and give the weighted sums of codes, their squares, codes * values."""
         sum_l = sum_l2 = sum_xl = number(0.0)
         for i in range(n):
             v = load(x + i * V)
@@ -132,13 +122,45 @@ def fit_minimum(n: int, top: int, first: float, step: float, steps: int, mean: b
             sum_xl = sum_xl + weighted * v
         return sum_l, sum_l2, sum_xl
 
+    return sums
+
+
+def _minimum_error(n: int, mean: bool) -> Any:
+    @inline
+    def size(difference: Any) -> Any:
+        if mean:
+            return absolute(difference)
+        return difference * difference
+
     @inline
     def error(x: int, w: int, room: int, scale: Any, least: Any) -> Any:
+        """The weighted error of the codes in the room."""
         total = number(0.0)
         for i in range(n):
             difference = scale * load(room + i * V) + least - load(x + i * V)
             total = total + load(w + i * V) * size(difference)
         return total
+
+    return error
+
+
+@inline
+def _solve(sum_w: Any, sum_x: Any, sum_l: Any, sum_l2: Any, sum_xl: Any) -> Any:
+    """Least squares: (scale, a minimum not above 0, the determinant, which must be positive)."""
+    zero = number(0.0)
+    d = sum_w * sum_l2 - sum_l * sum_l
+    scale = (sum_w * sum_xl - sum_x * sum_l) / d
+    least = (sum_l2 * sum_x - sum_l * sum_xl) / d
+    positive = less(zero, least)
+    return choose(positive, sum_xl / sum_l2, scale), choose(positive, zero, least), d
+
+
+def fit_minimum(n: int, top: int, first: float, step: float, steps: int, mean: bool = False) -> Any:
+    """Scale and minimum, codes 0..top: ggml's make_qkx2_quants and make_qkx3_quants.
+
+    `mean`: errors count by their size, not by their squares.
+    """
+    sums, error = _minimum_sums(n, top), _minimum_error(n, mean)
 
     @inline
     def search(x: int, w: int, room: int) -> Any:
@@ -156,12 +178,7 @@ def fit_minimum(n: int, top: int, first: float, step: float, steps: int, mean: b
             inverse = splat_f32(float32(first) + float32(step) * float32(i) + float32(top))
             inverse = inverse / (high - least)
             sum_l, sum_l2, sum_xl = sums(x, w, room, inverse, least)
-            d = sum_w * sum_l2 - sum_l * sum_l
-            new_scale = (sum_w * sum_xl - sum_x * sum_l) / d
-            new_least = (sum_l2 * sum_x - sum_l * sum_xl) / d
-            positive = less(zero, new_least)
-            new_scale = choose(positive, sum_xl / sum_l2, new_scale)
-            new_least = choose(positive, zero, new_least)
+            new_scale, new_least, d = _solve(sum_w, sum_x, sum_l, sum_l2, sum_xl)
             now = error(x, w, room, new_scale, new_least)
             better = less(zero, d) & less(now, best)
             best = choose(better, now, best)
