@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from edgellama.measure import CONTEXT, PAUSE, SMALL_CONTEXT, decode_seconds, prefill_seconds
@@ -66,12 +65,7 @@ class Subject:
             on_failure.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
         self.complaints.close()
 

@@ -6,7 +6,6 @@ Knows nothing about models; `model.py` says what is iterated over.
 import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from types import TracebackType
 from typing import Self
 
 from edgellama.control import CancelToken
@@ -69,10 +68,5 @@ class AsyncChunks(AsyncIterator[Chunk]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()

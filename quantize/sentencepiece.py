@@ -17,7 +17,6 @@ from edgellama.vocab import BYTE, BYTE_TOKEN, LONGEST_TOKEN, NORMAL
 
 PIECE, TRAINER, NORMALIZER = 1, 2, 3  # ModelProto
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-MOST_CHARSMAP = 16 * 2**20  # bytes; refused anyway, but by its name
 Reader = Callable[[Field, str], Any]
 
 

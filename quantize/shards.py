@@ -103,7 +103,7 @@ def _joined(name: str, parts: list[Tensor], files: Sequence[Path], sizes: _Sizes
             problem = f"{part.dtype} {list(part.shape)} here, {parts[0].dtype} "
             problem += f"{list(parts[0].shape)} in {files[0].name}"
             raise _refuse(path, name, problem, "The shards are of different models")
-    axis = _axis(name, parts[0], len(parts), sizes)
+    axis = _axis(name, parts[0], sizes)
     if axis is None:
         return parts[0]
     one_head = parts[0].n_rows * sizes.heads == sizes.dim
@@ -119,7 +119,7 @@ def _joined(name: str, parts: list[Tensor], files: Sequence[Path], sizes: _Sizes
     return Tensor(name, (rows, columns * n), parts[0].dtype, partial(_beside, parts))
 
 
-def _axis(name: str, part: Tensor, n: int, sizes: _Sizes) -> int | None:
+def _axis(name: str, part: Tensor, sizes: _Sizes) -> int | None:
     """The axis a tensor was cut along; None if every shard holds the whole."""
     if len(part.shape) != 2:
         return None

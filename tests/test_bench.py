@@ -50,7 +50,7 @@ def test_one_runtime_has_no_ratios(path: Path) -> None:
     assert list(alone.runtimes) == ["cpu"] and alone.ratios == {}
 
 
-def test_runtimes_take_turns(path: Path) -> None:
+def test_runtimes_take_turns() -> None:
     """A B, B A, A B: neither always comes after the other."""
     seen: list[str] = []
     subjects = [lambda: seen.append("a") or {"x": 1.0}, lambda: seen.append("b") or {"x": 4.0}]

@@ -174,7 +174,7 @@ def test_matrix_scales(document: dict) -> None:
     assert decode["share_of_empty"]["0"]["median"] == 1
 
 
-def test_matrix_resumes(document: dict, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_matrix_resumes(document: dict, folder: Path) -> None:
     """Cells that are there stay as they are; one that failed is measured again."""
     partial = json.loads(json.dumps(document))
     partial["by_context"] = {}

@@ -76,9 +76,7 @@ def test_a_checkpoint_is_calibrated_through_a_temporary_file(here: Path, tmp_pat
     assert all((found.sums[name] == sums).all() for name, sums in wanted.sums.items())
 
 
-def test_what_was_collected_is_used_again(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_collected_is_used_again(here: Path, tmp_path: Path) -> None:
     matrix, done = tmp_path / "kept.gguf", []
     how = {"context": 64, "threads": 1}
     calibrate(here / "tiny.gguf", here / "calm.txt", matrix, chunks=2, **how)

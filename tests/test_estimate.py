@@ -115,7 +115,7 @@ def test_more_context_costs_keys_and_values_alone() -> None:
     assert large["scratch"] - small["scratch"] < small["kv_cache"] / 50
 
 
-def test_nothing_is_too_large_to_be_estimated(tmp_path: Path) -> None:
+def test_nothing_is_too_large_to_be_estimated() -> None:
     """The rooms of a program that does not fit here are not touched."""
     config = tiny_config(
         vocab_size=128_256,

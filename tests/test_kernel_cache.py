@@ -167,9 +167,7 @@ print(*(name for name in sys.modules if name.startswith("edgellama.")))
     assert encoders == {name for name in loaded if name.startswith("edgellama.quantize.")}
 
 
-def test_another_source_gets_another_name(
-    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_source_gets_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgellama.runtimes import levels
 
     level = levels.choose()[0]

@@ -39,7 +39,7 @@ def model(path: Path) -> Iterator[edgellama.Model]:
 
 
 @pytest.fixture(scope="module")
-def ids(path: Path) -> list[int]:
+def ids() -> list[int]:
     return [int(i) for i in np.random.default_rng(5).integers(0, 288, N)]
 
 

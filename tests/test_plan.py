@@ -102,7 +102,7 @@ def test_strict_refuses_fallbacks(models: dict[str, Path]) -> None:
     assert not planned(models["untied"], "Q4_K_M", strict=True).fallbacks
 
 
-def test_names(tmp_path: Path) -> None:
+def test_names() -> None:
     for alias, name in ALIASES.items():
         assert type_name(alias.lower()) == name
     for name in FILE_TYPES:
