@@ -8,11 +8,13 @@ import re
 from functools import cache, cached_property
 from pathlib import Path
 
+from edgellama.control import CancelToken
 from edgellama.errors import UnsupportedModelError, shown
 from edgellama.matching import Matcher, merge
 from edgellama.vocab import NORMAL, USER_DEFINED, Vocab
 
 LONGEST_CACHED, MOST_CACHED = 64, 32_768  # characters of a word; words
+WORDS = 1024  # between two looks at a cancel token
 
 # `tokenizer.ggml.pre` -> the pattern that cuts text into words. Names: those that GGUF files use.
 PRE_TOKENIZERS = {
@@ -120,33 +122,38 @@ class ByteLevelBPE:
         tokens = self._vocab.of_type(USER_DEFINED)
         return Matcher(tokens) if tokens else None
 
-    def encode(self, text: str, *, continuing: bool = False) -> list[int]:
-        """`continuing` makes no difference: nothing is ever put before a text."""
+    def encode(
+        self, text: str, *, continuing: bool = False, cancel: CancelToken | None = None
+    ) -> list[int]:
+        """`continuing` makes no difference: nothing is ever put before a text. Raises Cancelled."""
         if not self._user_defined:
-            return self._encode_between(text)
+            return self._encode_between(text, cancel)
         ids, at = [], 0
         for start, end in self._user_defined.find(text):
-            ids += self._encode_between(text[at:start])
+            ids += self._encode_between(text[at:start], cancel)
             ids.append(self._vocab.specials[text[start:end]])
             at = end
-        return ids + self._encode_between(text[at:])
+        return ids + self._encode_between(text[at:], cancel)
 
-    def _encode_between(self, text: str) -> list[int]:
+    def _encode_between(self, text: str, cancel: CancelToken | None) -> list[int]:
         ids: list[int] = []
-        for match in self._pattern.finditer(text):
+        for number, match in enumerate(self._pattern.finditer(text)):
+            if cancel is not None and number % WORDS == 0:
+                cancel.check("encode")
             word = match[0]
             found = self._cache.get(word)
-            ids += self._encode_word(word) if found is None else found
+            ids += self._encode_word(word, cancel) if found is None else found
         return ids
 
-    def _encode_word(self, word: str) -> list[int]:
+    def _encode_word(self, word: str, cancel: CancelToken | None) -> list[int]:
         known = self._vocab.ids
         text = word.encode().decode("latin-1").translate(alphabet())
         if self._whole_words and text in known:
             ids = [known[text]]
         else:
             symbols = [symbol for symbol in text if symbol in known]  # the others are dropped
-            ids = [known[symbol] for symbol in merge(symbols, self._vocab.ranks, " ")]
+            watched = cancel if len(word) > LONGEST_CACHED else None
+            ids = [known[symbol] for symbol in merge(symbols, self._vocab.ranks, " ", watched)]
         if len(word) <= LONGEST_CACHED:
             if len(self._cache) >= MOST_CACHED:
                 self._cache.clear()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
+from edgellama.control import CancelToken
 from edgellama.errors import EdgeLlamaError, ParameterError, TemplateError, shown
 from edgellama.messages import checked_messages, roles_of
 
@@ -38,7 +39,12 @@ class ChatTokenizer(Protocol):
     def user_defined_texts(self) -> frozenset[str]: ...
     def token_id(self, text: str, /) -> int | None: ...
     def encode_parts(
-        self, parts: Iterable[tuple[str, bool]], /, *, continuing: bool = False
+        self,
+        parts: Iterable[tuple[str, bool]],
+        /,
+        *,
+        continuing: bool = False,
+        cancel: CancelToken | None = None,
     ) -> list[int]: ...
 
 
@@ -121,9 +127,14 @@ class ChatTemplate:
 
         return Program(self.source, self._clock)
 
-    def encode(self, tokenizer: ChatTokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode(
+        self,
+        tokenizer: ChatTokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        cancel: CancelToken | None = None,
+    ) -> list[int]:
         """The ids of a conversation, up to where the model answers: see `encode_chat`."""
-        return encode_chat(self, tokenizer, messages)
+        return encode_chat(self, tokenizer, messages, cancel=cancel)
 
     def ends(self, tokenizer: ChatTokenizer) -> tuple[int, ...]:
         """The ids of tokens that the template writes behind a turn, beside `tokenizer.eos`."""
@@ -175,20 +186,23 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    cancel: CancelToken | None = None,
 ) -> list[int]:
     """The ids of a conversation: control tokens where the template writes them, nowhere else.
 
     A message's text never becomes a control token, whatever it looks like, nor a user-defined one
     that the template writes: some files declare `<|im_end|>` so. The ids are those of
     the whole rendered text, BOS in front if the tokenizer wants it and the template wrote none.
-    Raises what `ChatTemplate.render` raises.
+    Raises what `ChatTemplate.render` raises, and Cancelled.
     """
     checked = checked_messages(messages)
     lookalikes = _lookalikes(tokenizer, template.source)
     marker = lookalikes.mark(checked)
     text = template.render_checked(checked, add_generation_prompt)
     runs = lookalikes.runs(text, marker)
-    ids = [i for n, run in enumerate(runs) for i in tokenizer.encode_parts(run, continuing=n > 0)]
+    ids: list[int] = []
+    for number, run in enumerate(runs):
+        ids += tokenizer.encode_parts(run, continuing=number > 0, cancel=cancel)
     if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
         ids.insert(0, tokenizer.bos)
     return ids

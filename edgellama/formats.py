@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, shown
 from edgellama.messages import checked_messages, roles_of
 
@@ -26,7 +27,9 @@ class FormatTokenizer(Protocol):
     @property
     def special_texts(self) -> frozenset[str]: ...
     def token_id(self, text: str, /) -> int | None: ...
-    def encode(self, text: str, /, *, continuing: bool = False) -> list[int]: ...
+    def encode(
+        self, text: str, /, *, continuing: bool = False, cancel: CancelToken | None = None
+    ) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +91,19 @@ class ChatFormat:
         return "".join(p if isinstance(p, str) else names.get(p, p.text) for p in pieces)
 
     def encode(
-        self, tokenizer: FormatTokenizer, messages: Sequence[Mapping[str, Any]]
+        self,
+        tokenizer: FormatTokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        cancel: CancelToken | None = None,
     ) -> list[int]:
         """The ids of a conversation, up to where the model answers.
 
         No text of a message becomes a token that the format writes, whatever it looks like.
         Raises ParameterError for messages that the format has no place for, and for a vocabulary
-        without its tokens.
+        without its tokens; Cancelled.
         """
         pieces = self.pieces(checked_messages(messages))
-        encoder = _Encoder(self, tokenizer)
+        encoder = _Encoder(self, tokenizer, cancel)
         ids = [i for piece in [*pieces, APART] for i in encoder.ids(piece)]
         if self.bos and tokenizer.add_bos and ids[:1] != [tokenizer.bos]:
             assert tokenizer.bos is not None
@@ -164,9 +170,11 @@ class ChatFormat:
 class _Encoder:
     """Gathers text until a token parts it; then encodes it whole, as the tokenizer would."""
 
-    def __init__(self, form: ChatFormat, tokenizer: FormatTokenizer) -> None:
+    def __init__(
+        self, form: ChatFormat, tokenizer: FormatTokenizer, cancel: CancelToken | None
+    ) -> None:
         self._form, self._tokenizer, self._text = form, tokenizer, ""
-        self._guard = Guard(tokenizer, (*form.tokens, *form.end_tokens))
+        self._guard = Guard(tokenizer, (*form.tokens, *form.end_tokens), cancel)
 
     def ids(self, piece: Piece) -> list[int]:
         if isinstance(piece, str):
@@ -200,8 +208,10 @@ class Guard:
     those do: their look-alikes are cut behind the first character, and both parts encoded.
     """
 
-    def __init__(self, tokenizer: FormatTokenizer, names: Iterable[str]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: FormatTokenizer, names: Iterable[str], cancel: CancelToken | None = None
+    ) -> None:
+        self._tokenizer, self._cancel = tokenizer, cancel
         harmless = tokenizer.special_texts
         exposed = {
             name.lstrip(f" {SPACE}")
@@ -214,7 +224,9 @@ class Guard:
     def encode(self, text: str, *, continuing: bool = False) -> list[int]:
         ids, at = [], 0
         for match in self._lookalike.finditer(text) if self._lookalike else ():
-            part = text[at : match.start() + 1]
-            ids += self._tokenizer.encode(part, continuing=continuing)
+            ids += self._encode(text[at : match.start() + 1], continuing)
             at, continuing = match.start() + 1, True
-        return ids + self._tokenizer.encode(text[at:], continuing=continuing)
+        return ids + self._encode(text[at:], continuing)
+
+    def _encode(self, text: str, continuing: bool) -> list[int]:
+        return self._tokenizer.encode(text, continuing=continuing, cancel=self._cancel)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, UnsupportedModelError, shown
 from edgellama.formats import FormatTokenizer, Guard
 
@@ -61,12 +62,13 @@ def infill_ids(
     *,
     suffix_first: bool = False,
     path: str | Path | None = None,
+    cancel: CancelToken | None = None,
 ) -> list[int]:
     """The prompt's ids: BOS, before, prefix, behind, suffix, middle.
 
     With `suffix_first`: BOS, before, behind, suffix, middle, prefix. The suffix gets no space in
     front, unlike the prefix. Neither text can turn into one of the four tokens. Raises
-    UnsupportedModelError without `tokens`, ParameterError for what is no text.
+    UnsupportedModelError without `tokens`, ParameterError for what is no text, Cancelled.
     """
     for name, text in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(text, str):
@@ -80,7 +82,7 @@ def infill_ids(
             where="key 'tokenizer.ggml.tokens'",
             hint="Code Llama 7B and 13B have them; their Python variants have not",
         )
-    guard = Guard(tokenizer, [names[0] for names in PIECES.values()])
+    guard = Guard(tokenizer, [names[0] for names in PIECES.values()], cancel)
     first, last = guard.encode(prefix), guard.encode(suffix, continuing=True)
     start = [tokenizer.bos] if tokenizer.bos is not None else []
     if suffix_first:

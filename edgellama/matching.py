@@ -7,23 +7,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
+from edgellama.control import CancelToken
+
 _POSITION_BITS = 40  # of a heap entry; the rank is above them
+_PIECE = 2**16  # symbols between two looks at a cancel token
 
 
-def merge(symbols: list[str], ranks: Mapping[str, int], glue: str = "") -> list[str]:
+def merge(
+    symbols: list[str],
+    ranks: Mapping[str, int],
+    glue: str = "",
+    cancel: CancelToken | None = None,
+) -> list[str]:
     """Byte-pair merging (Sennrich et al., arXiv:1508.07909): the lowest rank first, then leftmost.
 
     `ranks` maps `left + glue + right` to its rank. A heap over a linked list, O(n log n) in the
     number of symbols. A heap entry is one integer, rank and position, which a merge may leave
-    stale; it counts if the pair that stands there when it comes up still has that rank.
+    stale; it counts if the pair that stands there when it comes up still has that rank. Raises
+    Cancelled.
     """
     end = len(symbols)
     text, after, before = list(symbols), list(range(1, end + 1)), list(range(-1, end))
-    pairs = map(glue.join, pairwise(text))
-    found = enumerate(map(ranks.get, pairs))
-    heap = [rank << _POSITION_BITS | i for i, rank in found if rank is not None]
-    heapify(heap)
+    heap = _heap(text, ranks, glue, cancel)
     while heap:
+        if cancel is not None:
+            cancel.check("encode")
         rank, i = divmod(heappop(heap), 1 << _POSITION_BITS)
         j = after[i]
         if j == end or ranks.get(text[i] + glue + text[j]) != rank:
@@ -42,6 +50,21 @@ def merge(symbols: list[str], ranks: Mapping[str, int], glue: str = "") -> list[
         kept.append(text[i])
         i = after[i]
     return kept
+
+
+def _heap(
+    text: list[str], ranks: Mapping[str, int], glue: str, cancel: CancelToken | None
+) -> list[int]:
+    """The entries of all pairs that have a rank."""
+    heap: list[int] = []
+    for start in range(0, len(text), _PIECE):
+        if cancel is not None:
+            cancel.check("encode")
+        pairs = map(glue.join, pairwise(text[start : start + _PIECE + 1]))
+        found = enumerate(map(ranks.get, pairs), start)
+        heap += [rank << _POSITION_BITS | i for i, rank in found if rank is not None]
+    heapify(heap)
+    return heap
 
 
 class Matcher:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE, ChatTemplate, template_from_gguf
@@ -16,7 +15,7 @@ from edgellama.control import CancelToken
 from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError, shown
 from edgellama.formats import ChatFormat
 from edgellama.formats_named import chosen_template
-from edgellama.generate import Chunk
+from edgellama.generate import Chunk, Usage
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.infill import infill_ids, infill_tokens
@@ -29,6 +28,10 @@ from edgellama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgellama.asynchronous import AsyncChunks
+
+
+# What every model.device has, for the runtimes that say nothing of it.
+UNKNOWN: dict[str, Any] = {"providers": [], "isa": None, "reason": None}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Model:
         warnings: list[str],
     ) -> None:
         self.config, self.graph, self.tokenizer = graph.config, graph, tokenizer
-        self.device = runtime.describe()
+        self.device = UNKNOWN | runtime.describe()
         self._runtime: Runtime | None = runtime
         self._pid, self._deterministic = os.getpid(), options.deterministic
         self._template = template_from_gguf(file.metadata, file.path)
@@ -95,12 +98,7 @@ class Model:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -154,8 +152,12 @@ class Model:
         context. Raises ContextOverflow, ParameterError, NonFiniteError.
         """
         if isinstance(prompt, str):
-            bos = self.tokenizer.add_bos
-            ids = self.tokenizer.encode(prompt, special=special, bos=bos)
+            try:
+                ids = self.tokenizer.encode(
+                    prompt, special=special, bos=self.tokenizer.add_bos, cancel=cancel
+                )
+            except Cancelled:
+                return _cancelled()
         elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray):
             ids = list(prompt)
         else:
@@ -190,7 +192,12 @@ class Model:
         raises, and TemplateError if there is no template or it refuses.
         """
         own, chosen = self._own(session), self._chosen(template)
-        fitting = self.fitted(messages, template=chosen, overflow=overflow, max_tokens=max_tokens)
+        try:
+            fitting = self.fitted(
+                messages, template=chosen, overflow=overflow, max_tokens=max_tokens, cancel=cancel
+            )
+        except Cancelled:
+            return _cancelled()
         return own.generate(
             fitting.ids,
             params,
@@ -211,18 +218,19 @@ class Model:
         template: str | ChatTemplate | ChatFormat | None = None,
         overflow: Overflow = "shift",
         max_tokens: int | None = None,
+        cancel: CancelToken | None = None,
     ) -> Fitted:
         """What `chat` would give the model: the ids, and which messages it would leave out.
 
         overflow: "error" leaves nothing out; "shift" leaves out as many of the oldest turns as
         have no room, and keeps the system message; "drop-oldest" begins with that. Whole turns
         only, and never the last. A quarter of the context, or max_tokens if that is less, is kept
-        free for the reply. Raises ContextOverflow if that does not help.
+        free for the reply. Raises ContextOverflow if that does not help; Cancelled.
         """
         chosen = self._chosen(template)
         return fitted(
             messages,
-            lambda some: chosen.encode(self.tokenizer, some),
+            lambda some: chosen.encode(self.tokenizer, some, cancel),
             overflow=overflow,
             context=self.info.context,
             max_tokens=max_tokens,
@@ -305,9 +313,18 @@ class Model:
     ) -> Iterator[Chunk]:
         """`infill` as it comes, one Chunk a token; the last one says why it ended."""
         tokens, own = self._infill_tokens, self._own(session)
-        ids = infill_ids(
-            tokens, self.tokenizer, prefix, suffix, suffix_first=suffix_first, path=self.info.path
-        )
+        try:
+            ids = infill_ids(
+                tokens,
+                self.tokenizer,
+                prefix,
+                suffix,
+                suffix_first=suffix_first,
+                path=self.info.path,
+                cancel=cancel,
+            )
+        except Cancelled:
+            return _cancelled()
         assert tokens is not None
         return own.generate(
             ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, ends=[tokens.end]
@@ -345,6 +362,11 @@ class Model:
             return self.chat(messages, params, **options)
 
         return AsyncChunks(start, options.get("cancel"))
+
+
+def _cancelled() -> Iterator[Chunk]:
+    """A reply that ended before its prompt was known."""
+    return iter([Chunk("", None, None, "cancelled", Usage(0, 0, 0, 0.0, 0.0))])
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -15,7 +15,6 @@ the file's own size, and nothing is executed. Knows nothing about text.
 
 import hashlib
 import os
-import stat
 import struct
 import sys
 from array import array
@@ -34,6 +33,7 @@ from edgellama.errors import (
     shown,
 )
 from edgellama.output import atomic_output
+from edgellama.regular_file import open_regular, unreadable
 from edgellama.runtimes.base import SavableSession
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def restore_session(
     Cancelled, EdgeLlamaError if the system cannot read it.
     """
     try:
-        with _open(path) as file:
+        with open_regular(path, wanted="a session file") as file:
             reader = _Reader(file, path, cancel)
             count = reader.header(session, fingerprint, exact)
             if count > context:
@@ -118,23 +118,7 @@ def restore_session(
     except OSError as error:
         if isinstance(error, EdgeLlamaError):
             raise
-        raise EdgeLlamaError(f"cannot be read: {error.strerror or error}", path=path) from error
-
-
-def _open(path: Path) -> FileIO:
-    """A regular file; anything else is refused without waiting for a writer."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    try:
-        file = FileIO(path, "r", opener=opener)
-    except ValueError as error:  # a null character in the name
-        raise EdgeLlamaError(f"{shown(str(path))} is not a file name: {error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ModelFormatError("this is not a regular file", path=path)
-    return file
+        raise unreadable(path, error) from error
 
 
 class _Reader:

@@ -7,6 +7,7 @@ SentencePiece library (Kudo and Richardson, arXiv:1808.06226), whose ids it repr
 import re
 from functools import cached_property
 
+from edgellama.control import CancelToken
 from edgellama.errors import TokenizerError, shown
 from edgellama.matching import Matcher, merge
 from edgellama.vocab import BYTE, UNKNOWN, USER_DEFINED, Vocab
@@ -14,6 +15,7 @@ from edgellama.vocab import BYTE, UNKNOWN, USER_DEFINED, Vocab
 SPACE = "\u2581"  # stands for a space inside pieces; typed by a user it cannot be told from one
 UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes the unknown piece to
 LONGEST_CACHED, MOST_CACHED = 64, 32_768  # characters of a word; words
+WORDS = 1024  # between two looks at a cancel token
 BARRIER = "\ud800"  # cannot occur in a checked token
 
 
@@ -51,17 +53,19 @@ class SentencePiece:
         joined = "".join(map(re.escape, sorted(set(inside))))
         return re.compile(f"(?<=[^{SPACE}{joined}])(?={SPACE})")
 
-    def encode(self, text: str, *, continuing: bool = False) -> list[int]:
-        """`continuing`: ids stand before, so no space is put in front."""
+    def encode(
+        self, text: str, *, continuing: bool = False, cancel: CancelToken | None = None
+    ) -> list[int]:
+        """`continuing`: ids stand before, so no space is put in front. Raises Cancelled."""
         text = self._normalized(text, continuing)
         if not self._user_defined:
-            return self._encode_between(text)
+            return self._encode_between(text, cancel)
         ids, at = [], 0
         for start, end in self._user_defined.find(text):
-            ids += self._encode_between(text[at:start])
+            ids += self._encode_between(text[at:start], cancel)
             ids.append(self._user_ids[text[start:end]])
             at = end
-        return ids + self._encode_between(text[at:])
+        return ids + self._encode_between(text[at:], cancel)
 
     def _normalized(self, text: str, continuing: bool) -> str:
         if self._vocab.remove_extra_whitespaces:
@@ -71,22 +75,25 @@ class SentencePiece:
             text = " " + text
         return text.replace(" ", SPACE)
 
-    def _encode_between(self, text: str) -> list[int]:
+    def _encode_between(self, text: str, cancel: CancelToken | None) -> list[int]:
         ids: list[int] = []
         if not text:
             return ids
-        for word in self._word_start.split(text):
+        for number, word in enumerate(self._word_start.split(text)):
+            if cancel is not None and number % WORDS == 0:
+                cancel.check("encode")
             found = self._cache.get(word)
             if found is None:
-                found = self._encode_word(word)
+                found = self._encode_word(word, cancel)
             if found and ids and found[0] == ids[-1] == self._vocab.unk:
                 found = found[1:]  # as inside a word: a run of unknowns is one
             ids += found
         return ids
 
-    def _encode_word(self, word: str) -> list[int]:
+    def _encode_word(self, word: str, cancel: CancelToken | None) -> list[int]:
         ids: list[int] = []
-        for symbol in merge(list(word), self._vocab.ranks):
+        watched = cancel if len(word) > LONGEST_CACHED else None
+        for symbol in merge(list(word), self._vocab.ranks, cancel=watched):
             found = self._vocab.ids.get(symbol)
             ids += self._fallback(symbol, ids) if found is None else [found]
         if len(word) <= LONGEST_CACHED:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.bpe import ByteLevelBPE
+from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, shown
 from edgellama.matching import Matcher
 from edgellama.spm import SentencePiece
@@ -85,7 +86,13 @@ class Tokenizer:
         return Matcher(self._vocab.specials)
 
     def encode(
-        self, text: str, *, special: bool = False, bos: bool = False, continuing: bool = False
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        bos: bool = False,
+        continuing: bool = False,
+        cancel: CancelToken | None = None,
     ) -> list[int]:
         """Token ids of `text`; `bos=True` puts the BOS id in front.
 
@@ -100,12 +107,19 @@ class Tokenizer:
         put in front (SentencePiece; byte-level vocabularies never put one).
 
         Raises ParameterError if `text` is no str or holds a lone surrogate (as from
-        `os.fsdecode`), or for `bos=True` without a BOS token.
+        `os.fsdecode`), or for `bos=True` without a BOS token; Cancelled, soon after the token of
+        that name is set: a megabyte of one letter takes seconds.
         """
-        return self.encode_parts([(text, special)], bos=bos, continuing=continuing)
+        parts = [(text, special)]
+        return self.encode_parts(parts, bos=bos, continuing=continuing, cancel=cancel)
 
     def encode_parts(
-        self, parts: Iterable[tuple[str, bool]], *, bos: bool = False, continuing: bool = False
+        self,
+        parts: Iterable[tuple[str, bool]],
+        *,
+        bos: bool = False,
+        continuing: bool = False,
+        cancel: CancelToken | None = None,
     ) -> list[int]:
         """Token ids of the parts joined, as `encode` gives them; each part is (text, special).
 
@@ -121,11 +135,12 @@ class Tokenizer:
         text, at, passed = "".join(part for part, _ in parts), 0, 0
         for part, special in parts:
             for start, end, token in self._find_specials(part) if special else ():
-                ids += self._text.encode(text[at : passed + start], continuing=continuing)
+                between = text[at : passed + start]
+                ids += self._text.encode(between, continuing=continuing, cancel=cancel)
                 ids.append(token)
                 at, continuing = passed + end, False
             passed += len(part)
-        return ids + self._text.encode(text[at:], continuing=continuing)
+        return ids + self._text.encode(text[at:], continuing=continuing, cancel=cancel)
 
     def _find_specials(self, text: str) -> Iterator[tuple[int, int, int]]:
         """(start, end, id); user-defined tokens are a part of the plain text around them."""
