@@ -64,9 +64,11 @@ def _caches(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         state = "" if folder["writable"] else ", not writable"
         yield kind, f"{folder['files']} files, {_size(folder['bytes'])}{state}"
     yield "model names", _plain(facts["models"]["names"])
-    yield "compiled kernels", str(facts["kernels"].get("compiled", 0))
-    if facts["kernels"].get("shipped"):
-        yield "shipped kernels", facts["kernels"]["shipped"]
+    kernels = facts["kernels"]
+    others = f", and {kernels['stale']} of other releases" if kernels.get("stale") else ""
+    yield "compiled kernels", f"{kernels.get('compiled', 0)}{others}"
+    if kernels.get("shipped"):
+        yield "shipped kernels", kernels["shipped"]
 
 
 def _network(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -206,7 +206,7 @@ def _kernels(root: Path, found: Findings) -> dict[str, Any]:
         else:
             facts["compiled" if kernel_cache.is_current(file.name) else "stale"] += 1
     _tell_left_behind(left, found)
-    _tell_useless(facts, found)
+    _tell_foreign(facts, found)
     place = shipped_kernels.folder()
     facts["shipped"] = None if place is None else str(place)
     hint = f"{shipped_kernels.VARIABLE} must name a folder that only its owner can write to"
@@ -214,14 +214,10 @@ def _kernels(root: Path, found: Findings) -> dict[str, Any]:
     return facts
 
 
-def _tell_useless(facts: dict[str, Any], found: Findings) -> None:
+def _tell_foreign(facts: dict[str, Any], found: Findings) -> None:
     if facts["foreign"]:
         problem = f"{facts['foreign'][0]} is not edgellama's ({len(facts['foreign'])} such files)"
         found.problems.append((problem, "Nothing reads it: move it away"))
-    if facts["stale"]:
-        problem = f"{facts['stale']} compiled kernels in {facts['path']} are another release's"
-        advice = "They do no harm; remove them if no other release uses this cache"
-        found.problems.append((problem, advice))
 
 
 def _tell_left_behind(left: list[Path], found: Findings) -> None:

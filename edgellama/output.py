@@ -31,7 +31,7 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     """
     target = _target(Path(path))
     stem = f".{target.name[:100]}."
-    _sweep(target.parent, stem)
+    sweep(target.parent, stem)
     with told_as_output(path):
         with contextlib.ExitStack() as on_failure:
             file, temporary = _create(target, stem)
@@ -54,7 +54,7 @@ def temporary_beside(path: str | Path) -> Iterator[tuple[BinaryIO, Path]]:
     target = _target(Path(path))
     stem = f".{target.name[:100]}."
     with told_as_output(path):
-        _sweep(target.parent, stem)
+        sweep(target.parent, stem)
         file, temporary = _create(target, stem)
     try:
         yield file, temporary
@@ -139,8 +139,11 @@ def _rename(file: BinaryIO, temporary: Path, target: Path) -> None:
     file.close()
 
 
-def _sweep(folder: Path, stem: str) -> None:
-    """Remove what killed writers of the same file left behind, and no living one's."""
+def sweep(folder: Path, stem: str) -> None:
+    """Remove what killed writers of files whose names begin so left behind, and no living one's.
+
+    `stem` is ".", and the beginning of the files' own names.
+    """
     for old in folder.glob(glob.escape(stem) + "*.tmp"):
         with contextlib.suppress(OSError):
             _remove_abandoned(old)

@@ -4,6 +4,7 @@ A kernel is a plain object file, loaded by LLVM alone: a process that finds its 
 imports Numba. Files are private to the user, written atomically, and checked before use: the name
 holds a hash of the kernels' source and of the compiler's version, the contents their own checksum.
 A damaged file is compiled anew; a folder that cannot be used costs a compilation, not a failure.
+Kernels of other releases (or compilers, or sources) stay while few such have been written since.
 An app can bring kernels along: their folder is searched first, and checked in the same way; see
 `shipped_kernels.py`.
 
@@ -16,6 +17,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import edgellama
 from edgellama import ggml
 from edgellama.control import CancelToken, Progress
 from edgellama.errors import DeviceUnavailable, OutputError
-from edgellama.output import atomic_output
+from edgellama.output import atomic_output, sweep
 from edgellama.paths import cache_dir
 from edgellama.runtimes import shipped_kernels
 from edgellama.runtimes.levels import Level
@@ -35,6 +37,8 @@ from edgellama.runtimes.workshop import Workshop
 
 _LOG = logging.getLogger("edgellama")
 _MAGIC = b"edgellama kernel 1\n"
+_NAME = re.compile(r"edgellama_.+-([0-9a-f]{16})\.o")  # see `_named`
+OTHERS = 7  # fingerprints that stay in the cache beside the own: 1 to 3 MB each
 _SOURCES = [  # what the machine code follows from
     "abi",
     "compiler",
@@ -259,8 +263,35 @@ def _write(file: Path | None, code: bytes) -> None:
         return
     try:
         _put(file, code)
+        _prune(file.parent)
     except OSError as error:
         _LOG.warning("a kernel could not be cached: %s", error)
+
+
+@cache
+def _prune(folder: Path) -> None:
+    """Once a process: remove kernels of fingerprints that have not been written for longest.
+
+    Another process may miss a file that it was about to read, and compiles it. Raises OSError.
+    """
+    files: dict[str, list[Path]] = {}
+    for file in folder.iterdir():
+        match = _NAME.fullmatch(file.name)
+        if match and match[1] != _fingerprint():
+            files.setdefault(match[1], []).append(file)
+    latest = sorted(files, key=lambda each: max(map(_written, files[each])), reverse=True)
+    for fingerprint in latest[OTHERS:]:
+        for file in files[fingerprint]:
+            with suppress(OSError):
+                file.unlink()
+    sweep(folder, ".edgellama_")  # of killed processes, too
+
+
+def _written(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # gone meanwhile
+        return 0.0
 
 
 def _put(file: Path, code: bytes) -> None:

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,29 @@ def test_another_source_gets_another_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(kernel_cache, "_fingerprint", lambda: "0123456789abcdef")
     after = kernel_cache._file("norm", level)
     assert after is not None and after.parent == before.parent and after != before
+
+
+def test_kernels_of_old_releases_go_when_new_ones_are_written(tmp_path: Path) -> None:
+    """The latest stay, whatever else lies there, and what a killed process left goes."""
+    kernels = tmp_path / "kernels"
+    kernels.mkdir(mode=0o700)
+    made = []
+    for age in range(kernel_cache.OTHERS + 3):
+        for kernel, seconds in (("norm", 0), ("linear_Q4_1", 9_000)):  # its younger file counts
+            file = kernels / f"edgellama_{kernel}-avx2-{age:016x}.o"
+            file.write_bytes(b"code")
+            os.utime(file, (time.time() - 3600 * age - seconds,) * 2)
+            made.append(file)
+    left = kernels / ".edgellama_norm-avx2-0123456789abcdef.o.1f.tmp"
+    others = [kernels / name for name in ("notes.txt", "edgellama_norm.o", "a-0123456789abcdef.o")]
+    for file in (left, *others):
+        file.write_bytes(b"x")
+    assert use(tmp_path) == COMPILED
+    assert [file.exists() for file in made] == [True] * 2 * kernel_cache.OTHERS + [False] * 6
+    assert all(file.exists() for file in others)
+    if sys.platform != "win32":
+        assert not left.exists()
+    assert use(tmp_path) == FOUND
 
 
 def test_an_address_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
