@@ -1,25 +1,24 @@
-"""`edgellama chat`: a conversation in the terminal. Ctrl-C stops a reply, not the program."""
+"""`edgellama chat`: a conversation in the terminal. Ctrl-C stops a reply, not the program.
 
-from typing import Any
+At a terminal, messages and commands are read one by one; from a pipe, all of stdin is one message.
+"""
 
-import edgellama
+import contextlib
+import sys
+from collections.abc import Callable
+
+from edgellama.cli import report
+from edgellama.cli.commands import COMMANDS, obey
+from edgellama.cli.conversation import Conversation
 from edgellama.cli.keyboard import Keyboard
 from edgellama.cli.pull import pull_model
-from edgellama.cli.reply import Reply, Running, Wording, load_model, show_reply
-from edgellama.cli.templates import Asked, asked_template, source_of, template_of
+from edgellama.cli.reply import Reply, Running, Wording, load_model
+from edgellama.cli.run import checked_prompt, stdin_text
+from edgellama.cli.settings import Settings
+from edgellama.cli.templates import asked_template
 from edgellama.cli.terminal import Terminal
-from edgellama.control import CancelToken
-from edgellama.errors import EdgeLlamaError, shown
+from edgellama.errors import EdgeLlamaError
 from edgellama.paths import DEFAULT_MODEL, model_file
-
-HELP = '''\
-/help         show this
-/clear        forget the conversation
-/exit         leave (Ctrl-D too)
-Ctrl-C        stop the reply; twice at the prompt: leave
-"""           begin and end a message of several lines
-\\             at the end of a line: the message goes on
-//text        a message that begins with a slash'''
 
 
 def start_chat(
@@ -30,125 +29,108 @@ def start_chat(
     template: str | None,
     how: Running,
     wording: Wording,
+    overflow: str,
+    stats: bool,
 ) -> None:
-    asked = asked_template(template)
+    asked, settings = asked_template(template), Settings.of(wording, overflow)
+    live = sys.stdin is not None and sys.stdin.isatty()
+    message = None if live else checked_prompt(stdin_text(terminal))
     if name is None:
         name = DEFAULT_MODEL
         if not model_file(name).is_file():
             terminal.note(f"Fetching {name}, this once.")
             pull_model(terminal, name)
-    params = wording.params()
     with load_model(terminal, name, how) as model:
-        conversation = Conversation(terminal, model, params, system, wording, asked)
-        terminal.note(introduction(model, asked))
-        keyboard = Keyboard(terminal)
-        while (message := keyboard.message()) is not None and obey_or_answer(
-            conversation, message, keyboard.live
-        ):
-            pass
+        chat = Chat(Conversation(terminal, model, settings, system, asked), stats)
+        terminal.note(report.first_screen(model, asked))
+        if message is None:
+            chat.converse()
+        else:
+            chat.say(message)
         if terminal.json:
-            terminal.document(conversation.document())
+            terminal.document(chat.conversation.document())
+    if message is not None and chat.conversation.replies[-1].interrupted:
+        raise KeyboardInterrupt
 
 
-def introduction(model: "edgellama.Model", asked: Asked | None) -> str:
-    """Which model, run how, in a few lines."""
-    info, device = model.info, model.device
-    size = f"{info.parameters / 1e6:,.0f} million parameters, {info.bits_per_weight:.1f} bits each"
-    reason = f" ({device['reason']})" if device.get("reason") else ""
-    lines = [
-        f"{info.path.name}: {size}, {info.file_bytes / 1e6:,.0f} MB",
-        f"on {device.get('device')} with the {device.get('runtime')} runtime{reason}",
-        f"context {info.context} tokens of the model's {info.model_context}",
-    ]
-    if info.template is None and asked is None:
-        lines.append("This is a base model, without a chat template: it continues what you write.")
-    else:
-        lines.append(f"chat template: {source_of(asked, model)}")
-    return "\n".join([*lines, "/help shows the commands."])
+class Chat:
+    """A conversation and the person at the keyboard."""
 
+    def __init__(self, conversation: Conversation, stats: bool = True) -> None:
+        self.conversation, self.terminal = conversation, conversation.terminal
+        self.stats = stats  # whether a footer follows each reply
+        self.files: list[str] = []  # texts that go in front of the next message
+        self.draft = ""  # a message that was not kept, for /edit
+        self._nearly_full = False
+        self._unseen: tuple[int, ...] = ()  # messages that did not fit the context last time
+        self._keyboard: Keyboard | None = None
 
-def obey_or_answer(conversation: "Conversation", message: str, live: bool) -> bool:
-    """Handle one message; False ends the chat."""
-    terminal = conversation.terminal
-    if message in ("/exit", "/quit", "/bye"):
-        return False
-    if message == "/clear":
-        conversation.clear()
-        terminal.note("The conversation is forgotten.")
-    elif message in ("/help", "/?"):
-        terminal.note(HELP)
-    elif message.startswith("/") and not message.startswith("//"):
-        terminal.note(f"There is no command {shown(message.split()[0])}; /help shows them.")
-    else:
+    def converse(self) -> None:
+        """Until the person leaves. KeyboardInterrupt: by Ctrl-C."""
+        self._keyboard = Keyboard(self.terminal, COMMANDS)
+        while (text := self._keyboard.message()) is not None and self.take(text):
+            pass
+
+    def take(self, text: str) -> bool:
+        """Do what was typed, whatever it is; False ends the chat. What goes wrong is told."""
         try:
-            conversation.answer(message[1:] if message.startswith("//") else message)
+            if text.startswith("/") and not text.startswith("//"):
+                return obey(self, text.rstrip())
+            self.send(text[1:] if text.startswith("//") else text)
         except EdgeLlamaError as error:
-            if not live:
-                raise
-            terminal.note(f"{error}\nThe message was not kept; /clear starts anew.")
-    return True
+            self.terminal.tell(str(error))
+        except KeyboardInterrupt:  # a command that takes long was stopped
+            self.terminal.tell("Stopped.")
+        return True
 
-
-class Conversation:
-    """The messages so far, and one session that remembers what they were computed to."""
-
-    def __init__(
-        self,
-        terminal: Terminal,
-        model: "edgellama.Model",
-        params: "edgellama.Sampling",
-        system: str | None,
-        wording: Wording,
-        asked: Asked | None = None,
-    ) -> None:
-        self._asked, self._template = asked, template_of(asked, model)
-        self.terminal, self._model, self._params, self._wording = terminal, model, params, wording
-        self._first = [{"role": "system", "content": system}] if system is not None else []
-        self._messages: list[dict[str, str]] = list(self._first)
-        self._session = model.session()
-        self._replies: list[dict[str, Any]] = []
-
-    def clear(self) -> None:
-        self._messages = list(self._first)
-        self._session.truncate(0)
-
-    def answer(self, message: str) -> None:
-        """Show the model's reply; what there is of one that was stopped stays in the memory."""
-        self._messages.append({"role": "user", "content": message})
+    def send(self, message: str) -> None:
+        """Have an answer to the files that wait and the message; what goes wrong is told."""
         try:
-            reply = self._reply(message)
-        except BaseException:
-            self._messages.pop()
-            raise
-        self._messages.append({"role": "assistant", "content": reply.text})
-        self._replies.append(reply.document())
+            self.say("\n\n".join([*self.files, message]))
+        except EdgeLlamaError as error:
+            self.terminal.tell(f"{error}. The message was not kept; /edit opens it.")
+
+    def say(self, message: str) -> None:
+        """Have an answer to a message; what goes wrong is raised."""
+        self.draft = message
+        self.files.clear()
+        self.hear(lambda: self.conversation.answer(message))
+
+    def hear(self, answer: Callable[[], Reply]) -> None:
+        """Show a reply, and what there is to know about it."""
+        hushed = self._keyboard.hushed() if self._keyboard else contextlib.nullcontext()
+        with hushed:
+            reply = answer()
+        exchanges = self.conversation.exchanges
+        kept = bool(exchanges) and exchanges[-1].reply is reply
         if not self.terminal.json:
-            self.terminal.note(f"[{reply.footer()}]")
+            self._remark(reply, kept)
+        if kept:
+            self.draft = ""
 
-    def _reply(self, message: str) -> Reply:
-        cancel = CancelToken()
-        limits = self._wording.limits(cancel)
-        if self._model.info.template is None and self._template is None:
-            return show_reply(
-                self.terminal, lambda: self._model.generate(message, self._params, **limits), cancel
-            )
-        return show_reply(
-            self.terminal,
-            lambda: self._model.chat(
-                self._messages,
-                self._params,
-                template=self._template,
-                session=self._session,
-                **limits,
-            ),
-            cancel,
-        )
+    def _remark(self, reply: Reply, kept: bool) -> None:
+        if self.stats:
+            footer = reply.footer(self.conversation.model.info.context)
+            self.terminal.note(f"[{footer}]", "dim")
+        if reply.interrupted:
+            if kept:
+                words = "what there is of it stays in the conversation; /undo takes it back."
+            elif self.draft:
+                words = "it had not begun, and the message was not kept; /edit opens it."
+            else:
+                words = "the one before stays."
+            self.terminal.note(f"The reply was stopped: {words}", "dim")
+        self._warn(reply)
 
-    def document(self) -> dict[str, Any]:
-        return {
-            "model": str(self._model.info.path),
-            "device": self._model.device,
-            "template_source": source_of(self._asked, self._model),
-            "messages": self._messages,
-            "replies": self._replies,
-        }
+    def _warn(self, reply: Reply) -> None:
+        """Of messages that had no room, and before that happens."""
+        conversation, usage = self.conversation, reply.usage
+        unseen = usage.dropped_messages if usage is not None else ()
+        if usage is not None and unseen != self._unseen and unseen:
+            told = report.left_out(conversation, unseen, usage.dropped_tokens)
+            self.terminal.note(told, "fair")
+        share = reply.position / conversation.model.info.context
+        if share >= report.NEARLY_FULL and not (self._nearly_full or unseen):
+            future = report.prospect(conversation, conversation.leaves_out())
+            self.terminal.note(f"The context is {share:.0%} full. {future}", "fair")
+        self._unseen, self._nearly_full = unseen, share >= report.NEARLY_FULL

@@ -1,81 +1,180 @@
-"""Reading a person's messages: line editing and history on a terminal, plain lines from a pipe.
+"""Reading a person's messages at a terminal: line editing, history, completion, messages of many
+lines.
 
-A message may span lines: between two fences of three quotes, or after a final backslash. Knows
-nothing about models.
+Enter sends, unless a fence of three quotes is open or the line ends with a backslash; Alt-Enter and
+Ctrl-J begin a new line, and what is pasted is one message. Knows nothing about models.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from edgellama.cli.history import history_file, remember, remembered
 from edgellama.cli.terminal import Terminal
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+    from edgellama.cli.commands import Command
+
 FENCE = '"""'
+PROMPT, MORE = ">>> ", "... "
+PLACEHOLDER = "Send a message (/help shows commands)"
 
 
 class Keyboard:
-    """Messages one by one; `live` tells whether a person types them."""
+    """Messages one by one."""
 
-    def __init__(self, terminal: Terminal) -> None:
+    def __init__(
+        self, terminal: Terminal, commands: "Mapping[str, Command]", **streams: Any
+    ) -> None:
+        """`streams`: prompt_toolkit's input and output, if not those of this process."""
         self._terminal = terminal
-        self.live = sys.stdin is not None and sys.stdin.isatty()
-        self._read: Callable[[str], str] = _editor() if self.live else _piped
+        drawn = bool(streams) or sys.stderr.isatty()
+        self._read: Callable[[], str] = _editor(commands, streams).prompt if drawn else _plain
 
     def message(self) -> str | None:
         """The next message that is not empty; None when there are no more (Ctrl-D).
 
-        The first Ctrl-C drops what was typed and hints at the way out, the second is passed on.
+        The first Ctrl-C at an empty prompt hints at the way out, the second is passed on.
         """
         warned = False
         while True:
             try:
-                text = self._whole()
+                text = unfenced(self._read())
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                if warned or not self.live:
+                if warned:
                     raise
                 warned = True
-                self._terminal.note("Ctrl-D or /exit leaves; Ctrl-C once more does, too.")
+                self._terminal.tell("Ctrl-D or /exit leaves; Ctrl-C once more does, too.")
                 continue
             if text.strip():
                 return text
 
-    def _whole(self) -> str:
-        line = self._read(">>> ").strip()
-        if line.startswith(FENCE):
-            return self._fenced(line.removeprefix(FENCE))
-        lines = [line]
-        while lines[-1].endswith("\\"):
-            lines[-1] = lines[-1].removesuffix("\\")
-            try:
-                lines.append(self._read("... "))
-            except EOFError:
+    @contextlib.contextmanager
+    def hushed(self) -> Iterator[None]:
+        """What is typed meanwhile is not shown amid the reply, but at the next prompt.
+
+        Ctrl-C still interrupts.
+        """
+        if sys.platform == "win32":
+            yield
+            return
+        import termios
+
+        try:
+            number = sys.stdin.fileno()
+            before = termios.tcgetattr(number)
+        except (OSError, ValueError, termios.error):  # not a terminal
+            yield
+            return
+        now = list(before)
+        now[0] &= ~termios.ICRNL  # Enter arrives as the editor expects it
+        now[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(number, termios.TCSANOW, now)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(number, termios.TCSANOW, before)
+
+
+def unfenced(text: str) -> str:
+    """A message without the fences around it, and without the backslashes that continued it."""
+    stripped = text.strip()
+    if stripped.startswith(FENCE):
+        return stripped.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
+    return text.replace("\\\n", "\n").rstrip()
+
+
+def unfinished(text: str) -> bool:
+    """Whether Enter begins a new line: within a fence, or behind a backslash."""
+    stripped = text.strip()
+    if stripped.startswith(FENCE):
+        return len(stripped) < 2 * len(FENCE) or not stripped.endswith(FENCE)
+    return text.endswith("\\")
+
+
+def _plain() -> str:
+    """A terminal to type at, but none to draw on: a line as it is."""
+    lines: list[str] = []
+    while not lines or unfinished("\n".join(lines)):
+        line = sys.stdin.readline()
+        if not line:
+            if lines:
                 break
-        return "\n".join(lines)
-
-    def _fenced(self, line: str) -> str:
-        lines = []
-        while not line.rstrip().endswith(FENCE):
-            lines.append(line)
-            try:
-                line = self._read("... ")
-            except EOFError:
-                return "\n".join(lines)
-        return "\n".join([*lines, line.rstrip().removesuffix(FENCE)]).strip("\n")
+            raise EOFError
+        lines.append(line.rstrip("\r\n"))
+    return "\n".join(lines)
 
 
-def _piped(_: str) -> str:
-    line = sys.stdin.readline() if sys.stdin is not None and not sys.stdin.closed else ""
-    if not line:
-        raise EOFError
-    return line.rstrip("\r\n")
-
-
-def _editor() -> Callable[[str], str]:
+def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.formatted_text import FormattedText
     from prompt_toolkit.output import create_output
 
-    # stdout is for the model's text alone
-    session: PromptSession[Any] = PromptSession(output=create_output(stdout=sys.stderr))
-    return session.prompt
+    from edgellama.cli.completion import Words
+
+    if not streams:  # stdout is for the model's text alone
+        streams = {"output": create_output(stdout=sys.stderr)}
+    path = history_file()
+    return PromptSession(
+        PROMPT,
+        multiline=True,
+        prompt_continuation=MORE,
+        key_bindings=_keys(),
+        history=_history(path),
+        completer=Words(commands),
+        complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+        placeholder=FormattedText([("fg:ansibrightblack", PLACEHOLDER)]),
+        **streams,
+    )
+
+
+def _history(path: "Path | None") -> "History":
+    from prompt_toolkit.history import History
+
+    class Remembered(History):
+        def load_history_strings(self) -> Iterable[str]:
+            return reversed(remembered(path))  # newest first
+
+        def store_string(self, string: str) -> None:
+            remember(path, string)
+
+    return Remembered()
+
+
+def _keys() -> "KeyBindings":
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if unfinished(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+    return keys

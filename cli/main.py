@@ -115,8 +115,13 @@ def _run(
 
     how, wording = Running.of(ctx.params), Wording.of(ctx.params)
     manner = Manner(how, wording, raw, system, template)
+    own = {name for name in ("prompt", "file", "infill") if options.typed(ctx, name)}
+    if own:  # what is asked on the command line comes before what the environment asks
+        file = file if "file" in own else None
+        infill = infill if "infill" in own else None
     if infill is not None:
-        if raw or (prompt, file, system, template) != (None, None, None, None):
+        unfit = ("prompt", "file", "raw", "system", "template")
+        if any(options.typed(ctx, name) for name in unfit):
             problem = "--infill takes two files, and no prompt, --file, --raw, --system, --template"
             raise ParameterError(problem)
         from edgellama.cli.infill import run_infill
@@ -139,6 +144,8 @@ def chat(
     ] = None,
     system: options.System = None,
     template: options.Template = None,
+    overflow: options.Overflow = "error",
+    no_stats: options.NoStats = False,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     runtime: options.Runtime = "auto",
@@ -153,8 +160,16 @@ def chat(
     from edgellama.cli.chat import start_chat
     from edgellama.cli.reply import Running, Wording
 
-    how, wording = Running.of(ctx.params), Wording.of(ctx.params)
-    start_chat(ctx.obj, model, system=system, template=template, how=how, wording=wording)
+    start_chat(
+        ctx.obj,
+        model,
+        system=system,
+        template=template,
+        how=Running.of(ctx.params),
+        wording=Wording.of(ctx.params),
+        overflow=overflow,
+        stats=not no_stats,
+    )
 
 
 @app.command()
@@ -235,6 +250,7 @@ def verify(
     ctx: typer.Context,
     file: Model,
     runtime: options.Runtime = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -243,7 +259,7 @@ def verify(
     """Replay a file's certificate: its checksums, its tokenizer, and what it answers."""
     from edgellama.cli.verify import show_verdict
 
-    show_verdict(ctx.obj, file, runtime, threads)
+    show_verdict(ctx.obj, file, runtime=runtime, device=device, threads=threads)
 
 
 @app.command()
@@ -253,18 +269,11 @@ def diff(
     other: Annotated[
         str | None, typer.Argument(help="Another file of the same shape, for the second runtime.")
     ] = None,
-    a: Annotated[str, typer.Option("--a", help="cpu, onnx or reference, for FILE.")] = "cpu",
-    b: Annotated[str, typer.Option("--b", help="The same, to compare with.")] = "onnx",
-    text: Annotated[
-        Path | None, typer.Option("--text", help="A UTF-8 text to compute, up to 64 tokens.")
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option("--tolerance", min=0, show_default="rounding's", help="Largest NMSE."),
-    ] = None,
-    accuracy: Annotated[
-        int, typer.Option("--accuracy", help="Of onnx: 0 float32, 4 activations of 8 bits.")
-    ] = 0,
+    a: options.A = "cpu",
+    b: options.B = "onnx",
+    text: options.DiffText = None,
+    tolerance: options.Tolerance = None,
+    accuracy: options.Accuracy = 0,
     threads: options.Threads = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

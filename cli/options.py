@@ -3,6 +3,8 @@
 Knows nothing about what the commands do with them.
 """
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +13,48 @@ import typer
 from edgellama.cli.terminal import Terminal
 
 
+def twin_of(name: str) -> str:
+    """The environment variable that an option can be set by: EDGELLAMA_MAX_TOKENS, --max-tokens."""
+    return "EDGELLAMA_" + name.removeprefix("--").replace("-", "_").upper()
+
+
 def _twin(name: str, *shorts: str, help: str, **more: Any) -> Any:
-    """An option that the environment can set too: --max-tokens, EDGELLAMA_MAX_TOKENS."""
-    envvar = "EDGELLAMA_" + name.removeprefix("--").replace("-", "_").upper()
+    """An option with its twin."""
+    envvar = twin_of(name)
     return typer.Option(name, *shorts, help=help, envvar=envvar, show_envvar=False, **more)
+
+
+def _texts(name: str, *, help: str, **more: Any) -> Any:
+    """An option that may be repeated; its twin is one text, with all its spaces and line breaks."""
+
+    def given(values: list[str] | None) -> list[str] | None:
+        text = os.environ.get(twin_of(name))
+        return values or ([text] if text else None)
+
+    callback: Callable[..., Any] = given
+    return typer.Option(name, help=help, callback=callback, **more)
+
+
+def _two_files(name: str, *, help: str) -> Any:
+    """An option of two values; in its twin they are apart as folders in PATH are."""
+
+    def given(values: tuple[Path, Path] | None) -> tuple[Path, Path] | None:
+        text = os.environ.get(twin_of(name))
+        if values or not text:
+            return values
+        files = [Path(part) for part in text.split(os.pathsep)]
+        if len(files) != 2:
+            raise typer.BadParameter(f"{twin_of(name)} must be two files with {os.pathsep} between")
+        return files[0], files[1]
+
+    callback: Callable[..., Any] = given
+    return typer.Option(name, help=help, callback=callback)
+
+
+def typed(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stood on the command line, and not in the environment."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _sampling(name: str, *shorts: str, default: str, help: str) -> Any:
@@ -34,9 +74,7 @@ Context = Annotated[
 MaxTokens = Annotated[
     int | None, _twin("--max-tokens", "-n", min=1, help="Stop after this many tokens.")
 ]
-Stop = Annotated[
-    list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
-]
+Stop = Annotated[list[str] | None, _texts("--stop", help="End before this text; may be repeated.")]
 Temperature = Annotated[
     float | None, _sampling("--temperature", "-t", default="0.8", help="0: always the likeliest.")
 ]
@@ -88,7 +126,7 @@ DryWindow = Annotated[
 ]
 DryBreaker = Annotated[
     list[str] | None,
-    typer.Option(
+    _texts(
         "--dry-breaker",
         show_default='line break : " *',
         help="Where a passage ends; may be repeated.",
@@ -145,12 +183,16 @@ Raw = Annotated[bool, _twin("--raw", help="Continue the text: no chat template."
 Template = Annotated[
     str | None, _twin("--template", help="A prompt format's name, or a file with a Jinja template.")
 ]
-Infill = Annotated[  # without a twin: two values
+Infill = Annotated[
     tuple[Path, Path] | None,
-    typer.Option("--infill", help="Two files: fill in what belongs between (Code Llama)."),
+    _two_files("--infill", help="Two files: fill in what belongs between (Code Llama)."),
 ]
 SuffixFirst = Annotated[bool, _twin("--suffix-first", help="With --infill: read the second first.")]
 From = Annotated[Path | None, _twin("--from", help="A wheel or GGUF file that is already here.")]
+NoStats = Annotated[bool, _twin("--no-stats", help="No line about speed after each reply.")]
+Overflow = Annotated[
+    str, _twin("--overflow", help="When the context is full: error, shift or drop-oldest.")
+]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
 
 Type = Annotated[str, _twin("--type", help="The type of the output: Q4_K_M, Q8_0, F16...")]
@@ -172,13 +214,20 @@ Certificate = Annotated[
     str, _twin("--certificate", help="full or none: what `verify` compares with.")
 ]
 
-PromptFile = Annotated[  # without twins: what is asked is no setting
-    Path | None, typer.Option("--file", help="A file of prompts, one a line; - is stdin.")
+PromptFile = Annotated[
+    Path | None, _twin("--file", help="A file of prompts, one a line; - is stdin.")
 ]
 Separator = Annotated[
     str | None,
-    typer.Option("--separator", help="Prompts of --file end at a line that is this text alone."),
+    _twin("--separator", help="Prompts of --file end at a line that is this text alone."),
 ]
+A = Annotated[str, _twin("--a", help="cpu, onnx or reference, for FILE.")]
+B = Annotated[str, _twin("--b", help="The same, to compare with.")]
+DiffText = Annotated[Path | None, _twin("--text", help="A UTF-8 text to compute, up to 64 tokens.")]
+Tolerance = Annotated[
+    float | None, _twin("--tolerance", min=0, show_default="rounding's", help="Largest NMSE.")
+]
+Accuracy = Annotated[int, _twin("--accuracy", help="Of onnx: 0 float32, 4 activations of 8 bits.")]
 KvType = Annotated[str, _twin("--kv-type", help="f16, f32 or q8_0.")]
 Types = Annotated[
     str | None, _twin("--types", help="Types of weights instead: Q4_K_M,Q8_0, or all.")

@@ -1,20 +1,24 @@
 """What `run` and `chat` share: loading a model with a bar, and showing a reply as it comes."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import edgellama
 from edgellama.cli.background import Background, in_background
 from edgellama.cli.sampling import settings_of
-from edgellama.cli.terminal import Terminal
+from edgellama.cli.terminal import Display, Terminal
 from edgellama.control import CancelToken
+from edgellama.errors import Cancelled
 from edgellama.paths import model_path
 
 if TYPE_CHECKING:
     from edgellama.generate import Chunk, Usage
+
+COMPILING, READING = "compiling kernels", "reading the prompt"  # what progress is told of
 
 
 @dataclass(frozen=True)
@@ -55,38 +59,55 @@ class Wording:
 
 @dataclass(frozen=True)
 class Reply:
+    """What a model answered; `usage` is None for one from a file."""
+
     text: str
-    finish_reason: str | None
-    usage: "Usage | None"
-    interrupted: bool
+    finish_reason: str | None = None
+    usage: "Usage | None" = None
+    interrupted: bool = False
+    tokens: tuple[int, ...] = ()
+    first_token_seconds: float | None = None  # from asking to the first token, all included
 
     def document(self) -> dict[str, Any]:
         """The part of a --json document that is about one reply."""
         usage = dataclasses.asdict(self.usage) if self.usage is not None else None
         return {"text": self.text, "finish_reason": self.finish_reason, "usage": usage}
 
-    def footer(self) -> str:
-        """One line about speed: tokens, and tokens per second of each phase."""
+    @property
+    def position(self) -> int:
+        """Tokens of the context that are taken, prompt and reply together."""
+        return self.usage.prompt_tokens + self.usage.completion_tokens if self.usage else 0
+
+    def footer(self, context: int | None = None) -> str:
+        """One line: tokens, tokens per second of each phase, the context's share, why it ended."""
         if self.usage is None:
             return ""
         use = self.usage
-        kept = f", {use.reused_tokens} of them known" if use.reused_tokens else ""
+        cached = f" ({use.reused_tokens} cached)" if use.reused_tokens else ""
         new = use.prompt_tokens - use.reused_tokens
         steps = use.completion_tokens - 1  # the first token is the prompt's doing
         parts = [
-            f"prompt {use.prompt_tokens} tokens{kept}{_rate(new, use.prefill_seconds)}",
-            f"reply {use.completion_tokens} tokens{_rate(steps, use.decode_seconds)}",
+            f"prompt {use.prompt_tokens} tokens{cached}{rate(new, use.prefill_seconds)}",
+            f"reply {use.completion_tokens} tokens{rate(steps, use.decode_seconds)}",
         ]
-        reasons = {"length": "cut at --max-tokens", "context": "the context is full"}
-        if self.finish_reason in reasons:
-            parts.append(reasons[self.finish_reason])
-        elif self.interrupted:
-            parts.append("stopped")
-        return "; ".join(parts)
+        if self.first_token_seconds is not None:
+            parts.append(f"first token {self.first_token_seconds:.2f} s")
+        if context is not None:
+            parts.append(f"context {self.position}/{context}")
+        if use.dropped_messages:
+            parts.append(f"left out {len(use.dropped_messages)} messages")
+        return " · ".join([*parts, *self._end()])
+
+    def _end(self) -> list[str]:
+        if self.interrupted:
+            return ["stopped"]
+        words = {"stop": "end of turn", "length": "cut at max_tokens"}
+        words["context"] = "the context is full"
+        return [words[self.finish_reason]] if self.finish_reason in words else []
 
 
-def _rate(tokens: int, seconds: float) -> str:
-    return f", {tokens / seconds:.1f} tokens/s" if seconds > 0 and tokens > 0 else ""
+def rate(tokens: int, seconds: float) -> str:
+    return f" {tokens / seconds:.1f} t/s" if seconds > 0 and tokens > 0 else ""
 
 
 def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model":
@@ -109,6 +130,9 @@ def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model"
         )
     for warning in model.info.warnings:
         terminal.note(f"warning: {warning}")
+    if COMPILING in display.took:
+        seconds = display.took[COMPILING]
+        terminal.note(f"Compiled the kernels for this processor in {seconds:.1f} s, this once.")
     return model
 
 
@@ -118,20 +142,35 @@ def show_reply(
     cancel: CancelToken,
     *,
     whole_lines: bool = True,
+    before: Callable[[Display], None] | None = None,
 ) -> Reply:
     """Write a reply's text as it comes (with --json: not at all) and return the whole of it.
 
-    `whole_lines` ends the last line where the text does not. Ctrl-C ends the reply early, not the
-    program: see `interrupted`.
+    `whole_lines` ends the last line where the text does not. `before` is called ahead of `chunks`,
+    with the display, to tell of reading the prompt; it may raise Cancelled. Ctrl-C ends the
+    reply early, not the program: see `interrupted`.
     """
+    started = time.monotonic()
     texts: list[str] = []
+    tokens: list[int] = []
+    first: float | None = None
     last: Chunk | None = None
     with ExitStack() as waiting:
         display = waiting.enter_context(terminal.progress())
-        display.update(0, 0, "reading the prompt")
-        with Background(chunks, cancel, idle=display.remind) as running:
+        display.update(0, 0, READING)
+
+        def work() -> "Iterable[Chunk]":
+            if before is not None:
+                with suppress(Cancelled):  # `chunks` has the same token, and ends with it
+                    before(display)
+            return chunks()
+
+        with Background(work, cancel, idle=display.remind) as running:
             for chunk in running:
                 waiting.close()  # the bar leaves before the first word
+                if chunk.token is not None:
+                    first = time.monotonic() - started if first is None else first
+                    tokens.append(chunk.token)
                 texts.append(chunk.text)
                 if not terminal.json:
                     terminal.write(chunk.text)
@@ -140,7 +179,7 @@ def show_reply(
         terminal.end_line()
     reason = last.finish_reason if last is not None else None
     usage = last.usage if last is not None else None
-    return Reply("".join(texts), reason, usage, running.interrupted)
+    return Reply("".join(texts), reason, usage, running.interrupted, tuple(tokens), first)
 
 
 def finish(terminal: Terminal, reply: Reply, about: dict[str, Any]) -> None:

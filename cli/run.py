@@ -38,7 +38,7 @@ class Prompts:
 
 def run_prompt(terminal: Terminal, name: str, prompt: str | None, manner: Manner) -> None:
     asked = _asked(manner)
-    text = _checked(_from_stdin(terminal) if prompt in (None, "-") else prompt or "")
+    text = checked_prompt(stdin_text(terminal) if prompt in (None, "-") else prompt or "")
     with load_model(terminal, name, manner.how) as model:
         answering = _Answering(terminal, model, manner, asked)
         reply = answering.reply(text)
@@ -124,13 +124,13 @@ def prompts_of(terminal: Terminal, file: Path, separator: str | None) -> Prompts
     lines that hold it alone. Empty ones are left out.
     """
     if file == Path("-"):
-        text = _from_stdin(terminal)
+        text = stdin_text(terminal)
     else:
         with file.open("rb") as stream:
             text = _decoded(stream.read(LONGEST_PROMPT + 1), f"--file {file.name}")
     lines = text.replace("\r\n", "\n").split("\n")
     texts = lines if separator is None else _blocks(lines, separator)
-    kept = [_checked(text) for text in texts if text.strip()]
+    kept = [checked_prompt(text) for text in texts if text.strip()]
     if not kept:
         raise ParameterError(f"--file {file.name} holds no prompt")
     return Prompts(kept, separator or "")
@@ -146,7 +146,8 @@ def _blocks(lines: list[str], separator: str) -> list[str]:
     return ["\n".join(block).strip("\n") for block in blocks]
 
 
-def _from_stdin(terminal: Terminal) -> str:
+def stdin_text(terminal: Terminal) -> str:
+    """All of stdin as one text, less its last line break. Raises ParameterError."""
     if sys.stdin is None or sys.stdin.closed:
         raise ParameterError("there is no prompt: none was given, and stdin is closed")
     if sys.stdin.isatty():
@@ -164,7 +165,8 @@ def _decoded(data: bytes, what: str) -> str:
         raise ParameterError(f"{what} is not UTF-8: {error}") from error
 
 
-def _checked(prompt: str) -> str:
+def checked_prompt(prompt: str) -> str:
+    """The prompt if it can be one, else ParameterError."""
     if not prompt:
         raise ParameterError("the prompt is empty", hint="Give it as an argument or on stdin")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -27,9 +27,24 @@ _BIDIRECTIONAL = 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 
 _UNSAFE = {code: None for code in (*_CONTROLS, *_BIDIRECTIONAL) if chr(code) not in _KEPT}
 
 
+# How a piece of a remark looks, by name: the terminal's codes (ECMA-48, Select Graphic Rendition).
+STYLES = {"dim": "2", "bold": "1", "good": "32", "fair": "33", "poor": "31"}
+Piece = tuple[str, str]  # text, and a name of STYLES or ""
+
+
 def safe(text: str) -> str:
     """`text` without the characters that could command a terminal or disguise what it shows."""
     return text.translate(_UNSAFE)
+
+
+def colours() -> bool:
+    """Whether stderr may be told how text looks: a terminal whose user has not objected.
+
+    Source: no-color.org.
+    """
+    objected = bool(os.environ.get("NO_COLOR"))
+    able = os.environ.get("TERM", "") not in ("", "dumb") or "WT_SESSION" in os.environ
+    return sys.stderr.isatty() and able and not objected
 
 
 @dataclass
@@ -41,10 +56,14 @@ class Terminal:
     debug: bool = False
     ended_line: bool = field(default=True, repr=False)  # stdout stands at the start of a line
 
-    def note(self, text: str = "") -> None:
-        """A remark for the reader, on stderr."""
+    def note(self, text: str = "", style: str = "") -> None:
+        """A remark for the reader, on stderr; --quiet silences it."""
         if not self.quiet:
-            complain(text)
+            self.tell([(text, style)])
+
+    def tell(self, pieces: str | Iterable[Piece]) -> None:
+        """What the reader asked for, on stderr: text, or pieces of it in styles of their own."""
+        complain([(pieces, "")] if isinstance(pieces, str) else pieces)
 
     def write(self, text: str) -> None:
         """The command's own output, as it comes."""
@@ -76,6 +95,7 @@ class Display:
     """A bar per piece of work on a terminal, a plain line elsewhere. Calls may be concurrent.
 
     `update` is a progress callback; `remind` repeats its last call, for work that reports seldom.
+    `took` has the seconds of each piece of work that came to its end.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -85,17 +105,22 @@ class Display:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: set[str] = set()
-        self._last: tuple[int, int, str] | None = None
+        self._last: tuple[int, int, str, str] | None = None
         self._closed = False
+        self._began = self._started  # the piece of work at hand
+        self.took: dict[str, float] = {}
 
     def remind(self) -> None:
         if self._last is not None:
             self.update(*self._last)
 
-    def update(self, done: int, total: int, what: str) -> None:
+    def update(self, done: int, total: int, what: str, detail: str = "") -> None:
+        """So much of `what` is done; `detail` follows it and may change."""
         with self._lock:
-            self._last = done, total, what
-            waited = time.monotonic() - self._started
+            now = time.monotonic()
+            self._clock(now, what)
+            self._last = done, total, what, detail
+            waited = now - self._started
             if self._quiet or self._closed:
                 return
             if self._terminal and waited > BAR_AFTER:
@@ -104,13 +129,23 @@ class Display:
                 self._told.add(what)
                 complain(f"{what}...")
 
+    def _clock(self, now: float, what: str) -> None:
+        before = self._last[2] if self._last is not None else what
+        if before != what:
+            self.took[before] = self.took.get(before, 0.0) + now - self._began
+            self._began = now
+
     def _draw(self, done: int, total: int, what: str) -> None:
         if self._bars is None:
             self._bars = _bars()
             self._bars.start()
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(safe(what), total=total or None)
-        self._bars.update(self._tasks[what], completed=done, total=total or None)
+            self._tasks[what] = self._bars.add_task("", total=total or None)
+        detail = self._last[3] if self._last is not None else ""
+        description = safe(f"{what} {detail}".rstrip())
+        self._bars.update(
+            self._tasks[what], completed=done, total=total or None, description=description
+        )
 
     def close(self) -> None:
         with self._lock:
@@ -127,10 +162,17 @@ def _bars() -> "Progress":
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
 
 
-def complain(text: str) -> None:
+def complain(text: str | Iterable[Piece]) -> None:
     """A line on stderr; where nobody can read it, silence is all that is left."""
+    pieces = [(text, "")] if isinstance(text, str) else text
     with contextlib.suppress(OSError, ValueError):
-        print(safe(text), file=sys.stderr, flush=True)
+        coloured = colours()
+        line = "".join(_styled(piece, style if coloured else "") for piece, style in pieces)
+        print(line, file=sys.stderr, flush=True)
+
+
+def _styled(text: str, style: str) -> str:
+    return f"\x1b[{STYLES[style]}m{safe(text)}\x1b[0m" if style else safe(text)
 
 
 def prepare_streams() -> None:

@@ -12,12 +12,21 @@ from edgellama.paths import model_path
 from edgellama.quantize.verify import Verdict, verify
 
 
-def show_verdict(terminal: Terminal, name: str, runtime: str, threads: int | None) -> None:
+def show_verdict(
+    terminal: Terminal, name: str, *, runtime: str, device: str, threads: int | None
+) -> None:
     """Ends with status 1 where something does not hold."""
     path, cancel = model_path(name), CancelToken()
     with terminal.progress() as display:
         verdict = in_background(
-            lambda: verify(path, runtime, threads=threads, cancel=cancel, progress=display.update),
+            lambda: verify(
+                path,
+                runtime,
+                device=device,
+                threads=threads,
+                cancel=cancel,
+                progress=display.update,
+            ),
             cancel,
             idle=display.remind,
         )

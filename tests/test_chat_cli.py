@@ -185,7 +185,7 @@ def test_chat_with_a_format(
     out, err = capsys.readouterr()
     document = json.loads(out)
     assert document["template_source"] == "the format llama-2, as --template asks"
-    assert "chat template: the format llama-2" in err and "base model" not in err
+    assert "template  the format llama-2" in err and "base model" not in err
     talk = [{"role": "system", "content": "be brief"}, *USER]
     assert document["replies"][0]["text"] == said(base, talk, "llama-2")
 

@@ -125,7 +125,7 @@ def test_real_model_answers(default_model: Path, capsys: pytest.CaptureFixture[s
     )
     out, err = capsys.readouterr()
     assert "Paris" in out
-    assert "tokens/s" in err
+    assert "t/s" in err
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
@@ -204,50 +204,57 @@ def test_system_without_a_template(base_model: Path, capsys: pytest.CaptureFixtu
 # --- chat ---------------------------------------------------------------------------------------
 
 
-def test_chat_transcript(
+def test_chat_takes_all_of_a_pipe_as_one_message(
     chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [
-        "/help",
-        "/nonsense",
-        "",
-        "one\\",
-        "two",
-        "//slash",
-        '"""three',
-        "four",
-        '"""',
-        "/clear",
-        "five",
-        "/exit",
-        "never sent",
-    ]
-    give_stdin(monkeypatch, "\n".join(lines).encode())
-    assert run(["chat", str(chat_model), "-n", "4", "--json", *GREEDY]) == 0
-    out, err = capsys.readouterr()
-    document = json.loads(out)
-    assert [message["role"] for message in document["messages"]] == ["user", "assistant"]
-    assert document["messages"][0]["content"] == "five"
-    assert len(document["replies"]) == 4
-    assert document["replies"][-1]["text"] == expected(chat_model, "five", 4, chat=True)
-    assert "There is no command '/nonsense'" in err
-    assert '"""' in err  # /help
-
-
-def test_chat_keeps_the_conversation(
-    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    give_stdin(monkeypatch, b'one\\\ntwo\n//slash\n"""three\nfour"""\n')
+    """Nothing in it is a command, a fence or a continued line."""
+    message = '/help\none\\\n\n//two\n"""three"""\n/exit'
+    give_stdin(monkeypatch, f"{message}\n".encode())
     system = ["--system", "be brief"]
     assert run(["chat", str(chat_model), "-n", "4", "--json", *system, *GREEDY]) == 0
-    document = json.loads(capsys.readouterr().out)
-    contents = [message["content"] for message in document["messages"]]
-    assert contents[::2] == ["be brief", contents[2], contents[4], contents[6]]
-    assert contents[1::2] == ["one\ntwo", "/slash", "three\nfour"]
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert [message["content"] for message in document["messages"][:2]] == ["be brief", message]
     with edgellama.load(chat_model, runtime="reference") as model:
         greedy = edgellama.Sampling(temperature=0)
         chunks = model.chat(document["messages"][:-1], greedy, max_tokens=4)
-        assert contents[-1] == "".join(chunk.text for chunk in chunks)
+        text = "".join(chunk.text for chunk in chunks)
+    assert document["messages"][2] == {"role": "assistant", "content": text}
+    assert [reply["text"] for reply in document["replies"]] == [text]
+    assert "\x1b" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "words"),
+    [
+        (b"", (), "the prompt is empty"),
+        (b"hi", ("--overflow", "drop"), "error, shift, drop-oldest"),
+        (b"\xff", (), "not UTF-8"),
+    ],
+)
+def test_chat_refuses_before_a_model_is_read(
+    given: bytes,
+    arguments: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    give_stdin(monkeypatch, given)
+    assert run(["chat", "none.gguf", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert words in err and out == ""
+
+
+def test_chat_that_fails_in_a_pipe_says_so(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give_stdin(monkeypatch, b"z" * 500)
+    assert run(["chat", str(base_model), *GREEDY]) == 1
+    out, err = capsys.readouterr()
+    assert "do not fit the context of 128" in err and out == ""
+    give_stdin(monkeypatch, b"hello")
+    assert run(["chat", str(base_model), "--system", "be brief", *GREEDY]) == 2
+    assert "needs a chat template" in capsys.readouterr().err
 
 
 def test_chat_prints_replies_on_stdout(

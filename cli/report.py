@@ -1,0 +1,195 @@
+"""What a chat tells about itself: the first screen, `/show`, `/context`, `/stats`.
+
+Conversations in, text out.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellama.cli.reply import rate
+from edgellama.cli.settings import NAMES, line_about
+from edgellama.cli.spelling import beginning, megabytes, millions, plural
+from edgellama.cli.templates import Asked, source_of
+from edgellama.errors import EdgeLlamaError
+from edgellama.overflow import REPLY_SHARE
+
+if TYPE_CHECKING:
+    from edgellama.cli.conversation import Conversation
+    from edgellama.model import Model
+    from edgellama.overflow import Fitted
+
+NEARLY_FULL = 0.8  # of the context
+MOST_LISTED = 40  # messages
+
+
+def first_screen(model: "Model", asked: Asked | None) -> str:
+    """Which model, run how, in a few lines."""
+    lines = [
+        _labelled("model", _model(model)),
+        _labelled("device", _device(model)),
+        _labelled(
+            "context", f"{model.info.context} tokens of the model's {model.info.model_context}"
+        ),
+        _labelled("template", _template(model, asked)),
+    ]
+    if (now := resident_bytes()) is not None:
+        lines.append(_labelled("memory", f"{megabytes(now)} in use now"))
+    if model.info.template is None and asked is None:
+        lines.append("This is a base model: it continues the text that you both write.")
+    return "\n".join(lines)
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label:<9} {text}"
+
+
+def _model(model: "Model") -> str:
+    info = model.info
+    kinds = max(info.types, key=lambda kind: (kind not in ("F32", "F16"), info.types[kind]))
+    size = f"{millions(info.parameters)} parameters"
+    bits = f"mostly {kinds}, {info.bits_per_weight:.1f} bits each"
+    return f"{info.path.name}, {size}, {bits}, {megabytes(info.file_bytes)}"
+
+
+def _device(model: "Model") -> str:
+    device = model.device
+    threads = f", {plural(device['threads'], 'thread')}" if device.get("threads") else ""
+    reason = f" ({device['reason']})" if device.get("reason") else ""
+    return f"{device.get('device')}, {device.get('runtime')} runtime{threads}{reason}"
+
+
+def _template(model: "Model", asked: Asked | None) -> str:
+    return source_of(asked, model)
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds now; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    return None
+
+
+# --- the context ----------------------------------------------------------------------------------
+
+
+def settings_lines(conversation: "Conversation") -> str:
+    return "\n".join(line_about(conversation.settings, name) for name in NAMES)
+
+
+def show(conversation: "Conversation") -> str:
+    """Everything that is set and in use."""
+    changed = conversation.settings.document()
+    lines = [first_screen(conversation.model, conversation.asked)]
+    if conversation.system is not None:
+        lines.append(_labelled("system", beginning(conversation.system, 60)))
+    lines.append(_labelled("settings", "all as usual" if not changed else ""))
+    lines += [f"  {line_about(conversation.settings, name)}" for name in changed]
+    template = conversation.asked.jinja if conversation.asked else conversation.model.info.template
+    if template is not None:
+        lines += ["The template:", template]
+    return "\n".join(lines)
+
+
+def context(conversation: "Conversation") -> str:
+    """How full the context is, by what, and what the next message will push out."""
+    used, limit = conversation.position(), conversation.model.info.context
+    bar = "#" * round(40 * min(1.0, used / limit))
+    lines = [f"{used} of {limit} tokens, {used / limit:.0%}  [{bar:<40}]"]
+    talk = conversation.messages()
+    gone = conversation.leaves_out()
+    dropped = () if isinstance(gone, EdgeLlamaError) else gone.dropped_messages
+    listed = range(max(0, len(talk) - MOST_LISTED), len(talk))
+    if listed.start:
+        lines.append(f"  (the first {plural(listed.start, 'message')} are not listed)")
+    for at in listed:
+        count = len(conversation.model.tokenizer.encode(talk[at]["content"]))
+        mark = "   to be left out" if at in dropped else ""
+        role, words = talk[at]["role"], beginning(talk[at]["content"])
+        lines.append(f"  {role:<9} {count:>6}  {words}{mark}")
+    return "\n".join([*lines, prospect(conversation, gone)])
+
+
+def prospect(conversation: "Conversation", gone: "Fitted | EdgeLlamaError") -> str:
+    """What the present `overflow` will do to the next message, in words."""
+    policy, limit = conversation.settings.overflow, conversation.model.info.context
+    if conversation.completing:
+        return "A full context ends the text; /clear begins a new one."
+    if isinstance(gone, EdgeLlamaError):
+        return f"The next message will be refused: {gone}"
+    if gone.dropped_messages:
+        which = _messages(conversation.messages(), gone.dropped_messages)
+        return f"The next message will push out {which} (overflow is {policy})."
+    if policy == "error":
+        return (
+            "Nothing is ever left out (overflow is error): once a message does not fit any more, "
+            "it is refused. /undo and /clear make room; so does /set overflow shift."
+        )
+    system = "and keeps the system message" if policy == "shift" else "the system message first"
+    room = limit - limit // REPLY_SHARE
+    return f"From {room} tokens on, overflow {policy} leaves out the oldest turns, {system}."
+
+
+def left_out(conversation: "Conversation", dropped: Iterable[int], tokens: int) -> str:
+    """What the last reply was made without."""
+    which = _messages(conversation.messages(), tuple(dropped))
+    return f"The context was full: the model did not see {which}, {plural(tokens, 'token')}."
+
+
+def _messages(talk: list[dict[str, str]], places: tuple[int, ...]) -> str:
+    first = talk[places[0]]
+    words = f"the {first['role']} message {beginning(first['content'], 32)}"
+    if len(places) == 1:
+        return words
+    return f"{plural(len(places), 'message')}, from {words} on"
+
+
+# --- the session ----------------------------------------------------------------------------------
+
+
+def stats(conversation: "Conversation") -> str:
+    """Tokens, rates and memory since the chat began."""
+    uses = [reply.usage for reply in conversation.replies if reply.usage is not None]
+    prompt = sum(use.prompt_tokens for use in uses)
+    cached = sum(use.reused_tokens for use in uses)
+    said = sum(use.completion_tokens for use in uses)
+    prefill = sum(use.prefill_seconds for use in uses)
+    decode = sum(use.decode_seconds for use in uses)
+    steps = said - sum(use.completion_tokens > 0 for use in uses)
+    waits = [
+        r.first_token_seconds for r in conversation.replies if r.first_token_seconds is not None
+    ]
+    lines = [
+        _labelled("replies", plural(len(uses), "reply").replace("replys", "replies")),
+        _labelled(
+            "read", f"{prompt:,} tokens, {cached:,} of them cached{_at(prompt - cached, prefill)}"
+        ),
+        _labelled("written", f"{plural(said, 'token')}{_at(steps, decode)}"),
+    ]
+    if waits:
+        mean = sum(waits) / len(waits)
+        lines.append(
+            _labelled(
+                "waiting", f"{mean:.2f} s for a first token on average, {max(waits):.2f} s at most"
+            )
+        )
+    return "\n".join([*lines, *_memory(conversation.model.info.memory)])
+
+
+def _at(tokens: int, seconds: float) -> str:
+    speed = rate(tokens, seconds)
+    return f",{speed}" if speed else ""
+
+
+def _memory(by_purpose: dict[str, Any]) -> list[str]:
+    from edgellama.measure import peak_bytes
+
+    parts = [f"{name.replace('_', ' ')} {megabytes(size)}" for name, size in by_purpose.items()]
+    now, peak = resident_bytes(), peak_bytes()
+    told = [f"{megabytes(now)} now"] if now is not None else []
+    told += [f"{megabytes(peak)} at most"] if peak is not None else []
+    return [_labelled("memory", "; ".join([", ".join(told), ", ".join(parts)]).strip("; "))]
