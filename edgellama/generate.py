@@ -5,13 +5,15 @@ care of those. Draws are made by `sampler.py`, stop strings found by `stop.py`.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled, ContextOverflow, ParameterError
+from edgellama.runtimes.base import Likeliest
 from edgellama.sampler import Sampler
 from edgellama.sampling import Sampling, checked_integer
 from edgellama.stop import StopMatcher, checked_stops
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "cancelled", "context"]
+Found = TypeVar("Found")
 MOST_TOKENS = 2**31 - 1
 
 
@@ -49,6 +52,16 @@ class TextSession(Protocol):
     def forward(
         self, ids: Sequence[int], *, cancel: CancelToken | None = None
     ) -> "NDArray[np.float32]": ...
+
+
+@runtime_checkable
+class ChoosingTextSession(TextSession, Protocol):
+    """One that can find the likeliest tokens itself; see `runtimes.base.ChoosingSession`."""
+
+    @property
+    def choices(self) -> int: ...
+    def step(self, token: int, *, cancel: CancelToken | None = None) -> Likeliest: ...
+    def logits(self) -> "NDArray[np.float32]": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +162,8 @@ class _Reply:
         stream: TextStream,
     ) -> None:
         self.session, self.sampler, self.stops = session, sampler, stops
+        choosing = isinstance(session, ChoosingTextSession) and sampler.takes(session.choices)
+        self.choosing = session if choosing else None
         self.cancel, self.stream, self.ends = cancel, stream, frozenset(tokenizer.eos)
         self.window = sampler.sampling.window
         self.recent: deque[int] = deque(maxlen=self.window)
@@ -163,47 +178,51 @@ class _Reply:
         room = context - self.prompt_tokens
         self.room = min(limit, room)
         self.full: FinishReason = "length" if limit <= room else "context"
-        logits = self.prefill(ids)
-        if logits is not None and self.room == 0:
+        found: NDArray[np.float32] | Likeliest | None = self.prefill(ids)
+        if found is not None and self.room == 0:
             yield self.last(self.full)
             return
-        while logits is not None:
-            chunk = self.advance(logits)
+        while found is not None:
+            chunk = self.advance(found)
             yield chunk
             if chunk.finish_reason is not None or chunk.token is None:
                 return
-            logits = self.decode(chunk.token)
+            found = self.decode(chunk.token)
         yield self.last("cancelled")
 
     def prefill(self, ids: list[int]) -> "NDArray[np.float32] | None":
         started = perf_counter()
-        logits = self.forward(ids)
+        logits = self.computed(partial(self.session.forward, ids))
         self.prefill_seconds = perf_counter() - started
         return logits
 
-    def decode(self, token: int) -> "NDArray[np.float32] | None":
+    def decode(self, token: int) -> "NDArray[np.float32] | Likeliest | None":
         started = perf_counter()
-        logits = self.forward([token])
+        found: NDArray[np.float32] | Likeliest | None
+        if self.choosing:
+            found = self.computed(partial(self.choosing.step, token))
+        else:
+            found = self.computed(partial(self.session.forward, [token]))
         self.decode_seconds += perf_counter() - started
-        return logits
+        return found
 
-    def forward(self, ids: list[int]) -> "NDArray[np.float32] | None":
-        """Logits after `ids`, or None if cancelled before, meanwhile or by the end."""
+    def computed(self, call: Callable[..., Found]) -> Found | None:
+        """What a call gives, or None if cancelled before, meanwhile or by the end."""
         if self.cancelled:
             return None
         try:
-            logits = self.session.forward(ids, cancel=self.cancel)
+            found = call(cancel=self.cancel)
         except Cancelled:
             return None
-        return None if self.cancelled else logits
+        return None if self.cancelled else found
 
     @property
     def cancelled(self) -> bool:
         return self.cancel is not None and self.cancel.cancelled
 
-    def advance(self, logits: "NDArray[np.float32]") -> Chunk:
+    def advance(self, found: "NDArray[np.float32] | Likeliest") -> Chunk:
         """Sample one token and make its chunk."""
-        token, logprob = self.sample(logits)
+        token, logprob = self.sample(found)
         if token in self.ends:
             return self.last("stop", "", token, logprob)
         text, stopped = self.stops.push(self.stream.push(token))
@@ -213,14 +232,23 @@ class _Reply:
             return self.last(self.full, text, token, logprob)
         return Chunk(text, token, logprob)
 
-    def sample(self, logits: "NDArray[np.float32]") -> tuple[int, float]:
+    def sample(self, found: "NDArray[np.float32] | Likeliest") -> tuple[int, float]:
         started = perf_counter()
-        known = logits[: self.sampler.vocab_size]  # a padded head has ids without any text
-        token, logprob = self.sampler.sample(known, self.recent, self.session.position)
+        token, logprob = self.drawn(found, self.session.position)
         self.recent.append(token)
         self.completion_tokens += 1
         self.decode_seconds += perf_counter() - started
         return token, logprob
+
+    def drawn(self, found: "NDArray[np.float32] | Likeliest", position: int) -> tuple[int, float]:
+        if isinstance(found, Likeliest):
+            drawn = self.sampler.sample_few(found, self.recent, position)
+            if drawn is not None:
+                return drawn
+            assert self.choosing is not None
+            found = self.choosing.logits()
+        known = found[: self.sampler.vocab_size]  # a padded head has ids without any text
+        return self.sampler.sample(known, self.recent, position)
 
     def last(
         self,

@@ -18,6 +18,7 @@ from edgellama import cuts
 from edgellama.errors import NonFiniteError, ParameterError
 from edgellama.noise import CHANCE, uniform
 from edgellama.repetition import Dry, counted, penalized
+from edgellama.runtimes.base import Likeliest
 from edgellama.sampling import Sampling, checked_integer
 
 Floats = NDArray[np.float32]
@@ -125,6 +126,38 @@ class Sampler:
             candidates = self._after(step, candidates, recent, position)
         token = self._choose(candidates, position)
         return token, float(logits[token]) - largest - spread
+
+    def takes(self, count: int) -> bool:
+        """Whether the `count` likeliest tokens can be enough: nothing but a cut comes first."""
+        given = self.sampling
+        if given.logit_bias:
+            return False
+        if given.greedy:
+            return not self._steps
+        cut = {"min_p": True, "top_k": given.top_k < count}
+        return bool(self._steps) and cut.get(self._steps[0], False)
+
+    def sample_few(
+        self, few: Likeliest, recent: Sequence[int], position: int
+    ) -> tuple[int, float] | None:
+        """What `sample` gives for all logits, where `takes` holds; None if these do not decide it.
+
+        They do if what the first cut keeps lies above the least of them: no token that is not
+        here can be among it, and ties are where all of them can be seen.
+        """
+        if not math.isfinite(few.log_p):
+            return None
+        order, least = np.argsort(few.ids), float(few.logits.min())
+        candidates = Candidates(few.logits[order], few.ids[order].astype(np.intp))
+        kept = candidates.scores.max() if self.sampling.greedy else None
+        for step in self._steps:
+            candidates = self._after(step, candidates, recent, position)
+            kept = candidates.scores.min() if kept is None else kept
+        if kept is None or not float(kept) > least:
+            return None
+        token = self._choose(candidates, position)
+        logit = float(few.logits[np.flatnonzero(few.ids == token)[0]])
+        return token, few.log_p + logit - float(few.logits[0])
 
     def _allowed(self, logits: Floats) -> Candidates:
         """All tokens that can come, biased."""

@@ -4,11 +4,11 @@ Knows nothing about chat messages or files; see `model.py` for both.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from edgellama.control import CancelToken, Turns
 from edgellama.errors import (
@@ -21,7 +21,13 @@ from edgellama.errors import (
 )
 from edgellama.generate import Chunk, Usage, generate
 from edgellama.reuse import as_cached, shared_length
-from edgellama.runtimes.base import RuntimeSession, SavableSession, SavingRuntime
+from edgellama.runtimes.base import (
+    ChoosingSession,
+    Likeliest,
+    RuntimeSession,
+    SavableSession,
+    SavingRuntime,
+)
 from edgellama.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgellama.model import Model
+
+Found = TypeVar("Found")
 
 
 class Session:
@@ -80,13 +88,19 @@ class Session:
     def _forward(
         self, session: RuntimeSession, ids: list[int], all_logits: bool, cancel: CancelToken | None
     ) -> "NDArray[np.float32]":
+        return self._appended(
+            ids, lambda: session.forward(ids, all_logits=all_logits, cancel=cancel)
+        )
+
+    def _appended(self, ids: list[int], compute: Callable[[], Found]) -> Found:
+        """What the runtime computes of new ids, which are in the cache then."""
         need, have = self.position + len(ids), self._model.info.context
         if need > have:
             raise ContextOverflow(need, have)
-        logits = session.forward(ids, all_logits=all_logits, cancel=cancel)
+        found = compute()
         self._ids += ids
         self._changes += 1
-        return logits
+        return found
 
     @contextmanager
     def _turn(self, cancel: CancelToken | None, what: str) -> Iterator[RuntimeSession]:
@@ -192,7 +206,7 @@ class Session:
                 ids = kept if len(kept) <= self._model.info.context else ids
             shared = shared_length(self._ids, ids[:-1])  # the last one is computed, for its logits
             self._truncate(session, shared)
-            return tuple(self._ids), ids[shared:], _Reading(self, self._changes)
+            return tuple(self._ids), ids[shared:], _reading(self, session)
 
     def save(self, path: "str | os.PathLike[str]", *, cancel: CancelToken | None = None) -> None:
         """Write the conversation to a file, from which `Model.restore` goes on.
@@ -300,9 +314,8 @@ class _Reading:
     def position(self) -> int:
         return self._session.position
 
-    def forward(
-        self, ids: Sequence[int], *, cancel: CancelToken | None = None
-    ) -> "NDArray[np.float32]":
+    @contextmanager
+    def _alone(self, cancel: CancelToken | None) -> Iterator[RuntimeSession]:
         session = self._session
         with session._turn(cancel, "generate") as runtime_session:
             if session._changes != self._changes:
@@ -311,6 +324,39 @@ class _Reading:
                     field="session",
                     hint="One reply at a time; open a session for each",
                 )
-            logits = session._forward(runtime_session, list(ids), False, cancel)
+            yield runtime_session
             self._changes = session._changes
-        return logits
+
+    def forward(
+        self, ids: Sequence[int], *, cancel: CancelToken | None = None
+    ) -> "NDArray[np.float32]":
+        with self._alone(cancel) as runtime_session:
+            return self._session._forward(runtime_session, list(ids), False, cancel)
+
+
+class _Choosing(_Reading):
+    """The same of a runtime that finds the likeliest tokens itself."""
+
+    def __init__(self, session: Session, changes: int, choices: int) -> None:
+        super().__init__(session, changes)
+        self.choices = choices
+
+    def step(self, token: int, *, cancel: CancelToken | None = None) -> Likeliest:
+        with self._alone(cancel) as runtime_session:
+            choosing = cast("ChoosingSession", runtime_session)
+            return self._session._appended([token], lambda: choosing.step(token, cancel=cancel))
+
+    def logits(self) -> "NDArray[np.float32]":
+        with self._alone(None) as runtime_session:
+            return cast("ChoosingSession", runtime_session).logits()
+
+
+def _reading(session: Session, runtime_session: RuntimeSession) -> _Reading:
+    """Tokens of a padded head have no text: they must not be among the likeliest."""
+    model, changes = session._model, session._changes
+    if (
+        isinstance(runtime_session, ChoosingSession)
+        and model.tokenizer.vocab_size == model.config.vocab_size
+    ):
+        return _Choosing(session, changes, runtime_session.choices)
+    return _Reading(session, changes)

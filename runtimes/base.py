@@ -61,6 +61,36 @@ class RuntimeSession(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The likeliest next tokens: any other's logit is at most the least of theirs."""
+
+    ids: "NDArray[np.int64]"  # (k,), the likeliest first
+    logits: "NDArray[np.float32]"  # (k,)
+    log_p: float  # natural logarithm of the first one's probability; not finite if a logit is not
+
+
+@runtime_checkable
+class ChoosingSession(RuntimeSession, Protocol):
+    """A session that finds the likeliest tokens where it computes, so that few numbers travel."""
+
+    @property
+    def choices(self) -> int:
+        """How many tokens `step` finds."""
+        ...
+
+    def step(self, token: int, *, cancel: CancelToken | None = None) -> Likeliest:
+        """Append one id, as `forward` does; quickest for the likeliest of the step before."""
+        ...
+
+    def logits(self) -> "NDArray[np.float32]":
+        """All logits of the last `step`, (vocab_size,), as `forward` would have given them.
+
+        To be asked for before the session is used otherwise.
+        """
+        ...
+
+
 @runtime_checkable
 class SavableSession(RuntimeSession, Protocol):
     """A session whose keys and values can leave it as bytes and come back; see `saved.py`."""

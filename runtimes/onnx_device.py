@@ -25,6 +25,7 @@ REPLACE = f"pip uninstall onnxruntime onnxruntime-gpu; {INSTALL_CUDA}"
 ACCURACIES = (0, 4)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 HALVES = ("float16", "bfloat16")
+FAST_PRODUCTS = "ep.cuda.fpa_intb_gemm"  # kernels that need weights prepared by optimizations
 CANDIDATES = 64  # likeliest tokens that a step on CUDA gives besides its logits
 _LIBRARIES = {  # what the CUDA provider is linked with, of CUDA 13: the package that has each
     "libcuda.so.1": "",  # the driver's own
@@ -60,7 +61,7 @@ class Device:
             CUDA,
             containers.EIGHT_BIT,
             {"enable_cuda_graph": "1"},
-            {"session.disable_cpu_ep_fallback": "1", "ep.cuda.fpa_intb_gemm": "1"},
+            {"session.disable_cpu_ep_fallback": "1", FAST_PRODUCTS: "1"},
         )
 
     @property

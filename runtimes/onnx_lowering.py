@@ -27,7 +27,7 @@ from edgellama.runtimes.onnx_wire import (
 )
 
 LOGITS = "output"
-CANDIDATES = ("top.logits", "top.ids", "top.log_p")  # the likeliest tokens of each row
+TOP = "top"  # of each row: the likeliest tokens' logits, their ids, the first one's log p
 NEXT, NEXT_PAST = "next", "past.next"  # the likeliest of a single row, and `past` one further
 ROTATED = 16  # the attention itself rotates heads and parts of heads of multiples of this only
 HEADS = 8  # it takes heads of multiples of this: others are padded with zeros
@@ -86,19 +86,29 @@ class _Lowering(Builder):
             self._choices(min(self.manner.candidates, c.vocab_size))
         for name in self.manner.shown:
             if name != LOGITS:
-                out.append(ValueInfo(name, self.dtype, (1, "n", "width")))
+                self._show(name)
+
+    def _show(self, name: str) -> None:
+        """A value of the graph as an output that NumPy has a type for."""
+        dtype, shown = angles_dtype(self.dtype), shown_name(name, self.dtype)
+        if shown != name:
+            self.node("Cast", [name], [shown], to=DTYPES[dtype])
+        self.model.outputs.append(ValueInfo(shown, dtype, (1, "n", "width")))
 
     def _choices(self, count: int) -> None:
         """The likeliest tokens; and what a step needs to be fed with its own result.
 
+        `top` is one array, so that one copy takes it off the device; float32 holds every id.
         `past.next` depends on `next`, so that it is written last. No reductions: on CUDA they
         would need cuDNN.
         """
-        logits, ids, log_p = CANDIDATES
+        logits, ids = "top.logits", "top.ids"
         self.node("TopK", [LOGITS, self.shape(count)], [logits, ids], axis=-1, sorted=1)
-        every = self.node("LogSoftmax", [LOGITS], ["log_p"], axis=-1)
-        self.node("GatherElements", [every, ids], [log_p], axis=-1)
         first = self.node("Slice", [ids, *map(self.shape, (0, 1, 2))], ["next.first"])
+        every = self.node("LogSoftmax", [LOGITS], ["log_p"], axis=-1)
+        log_p = self.node("GatherElements", [every, first], ["top.log_p"], axis=-1)
+        numbers = self.node("Cast", [ids], ["top.ids.float32"], to=DTYPES["float32"])
+        self.node("Concat", [logits, numbers, log_p], [TOP], axis=-1)
         self.node("Reshape", [first, self.shape(1, -1)], [NEXT])
         narrow = self.node("Cast", [NEXT], ["next.int32"], to=DTYPES["int32"])
         zero = self.node("Mul", [narrow, self.number(0)], ["next.zero"])
@@ -106,8 +116,7 @@ class _Lowering(Builder):
         further = self.node("Add", ["past", self.number(1)], ["past.further"])
         self.node("Add", [further, flat], [NEXT_PAST])
         info = self.model.outputs
-        info += [ValueInfo(name, "float32", (1, "r", count)) for name in (logits, log_p)]
-        info.append(ValueInfo(ids, "int64", (1, "r", count)))
+        info.append(ValueInfo(TOP, "float32", (1, "r", 2 * count + 1)))
         info.append(ValueInfo(NEXT, "int64", (1, "r")))
         info.append(ValueInfo(NEXT_PAST, "int32", ("r",)))
 
@@ -362,6 +371,11 @@ def cache_width(config: ModelConfig) -> int:
 def angles_dtype(dtype: str) -> str:
     """The type of cos and sin as inputs: NumPy has no bfloat16."""
     return "float32" if dtype == "bfloat16" else dtype
+
+
+def shown_name(name: str, dtype: str) -> str:
+    """The output that shows a value."""
+    return name + ".shown" if dtype == "bfloat16" else name
 
 
 def new_name(name: str) -> str:

@@ -19,7 +19,7 @@ from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.onnx_cache import transcoded
-from edgellama.runtimes.onnx_device import Device, bindings
+from edgellama.runtimes.onnx_device import FAST_PRODUCTS, Device, bindings
 from edgellama.runtimes.onnx_folder import OnnxFolder
 from edgellama.runtimes.onnx_lowering import Manner, cache_width, lower
 from edgellama.runtimes.ort_cuda import CudaSession
@@ -76,12 +76,14 @@ class Ort:
         options.intra_op_num_threads = self.options.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = QUIET
+        entries = dict(self.device.entries)
         if not self.manner.fused:
             options.graph_optimization_level = api.GraphOptimizationLevel.ORT_DISABLE_ALL
+            entries.pop(FAST_PRODUCTS, None)
         for key, value in {
             "session.model_external_initializers_file_folder_path": str(self.folder.path),
             "session.record_ep_graph_assignment_info": "1",
-            **self.device.entries,
+            **entries,
         }.items():
             options.add_session_config_entry(key, value)
         return options

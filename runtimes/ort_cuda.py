@@ -6,56 +6,55 @@ it gives all logits, the likeliest few, or feeds the likeliest back by itself.
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellama.control import CancelToken
-from edgellama.errors import ContextOverflow, OutOfMemory, ParameterError
+from edgellama.errors import OutOfMemory
+from edgellama.runtimes.base import Likeliest
 from edgellama.runtimes.onnx_lowering import (
-    CANDIDATES,
     LOGITS,
     NEXT,
     NEXT_PAST,
+    TOP,
     angles_dtype,
     cache_names,
     cache_width,
     new_name,
 )
-from edgellama.runtimes.onnx_wire import DTYPES
+from edgellama.runtimes.onnx_wire import DTYPES, SIZES
 from edgellama.runtimes.ort_session import Ids, Logits, OrtSession
 
 if TYPE_CHECKING:
     from edgellama.runtimes.ort import Ort
 
+CHUNK = 1024  # tokens computed at once: unpacking 4-bit weights costs the same for any number
+MULTIPLE = 16  # of which a chunk's length is one, so that few shapes occur
+CAPTURING = 4  # times that ONNX Runtime may run a step when it captures it; 1.31.1: 3
+
 _graphs = itertools.count(1)  # a captured graph belongs to one session's addresses
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The likeliest next tokens, the likeliest first, and what makes their logits probabilities."""
-
-    ids: Ids  # (k,)
-    logits: Logits  # (k,)
-    log_sum: float  # logarithm of the sum of all exponentials: log p = logit - log_sum
-
-
 class CudaSession(OrtSession):
-    """Buffers in the device's memory. The first step of a kind is captured, later ones replayed."""
+    """Buffers in the device's memory. The first step is captured, later ones replayed.
+
+    A step leaves the likeliest token, and its place, where the next step looks for them: nothing
+    has to be sent if that token is the next one.
+    """
+
+    chunk = CHUNK
 
     def __init__(self, model: "Ort") -> None:
         self.memory, self.capacity = model.device.memory, np.array(model.options.context, np.int32)
-        self.fed = False  # whether the self-feeding graph was captured
+        self.choices = min(model.manner.candidates, model.graph.config.vocab_size)
+        self.captured = False
+        self.held: tuple[int, int] | None = None  # token and position that lie on the device
         super().__init__(model)
-        self.step_options, self.feed_options = self._captured(), self._captured()
-        self.run_options.add_run_config_entry("gpu_graph_id", "-1")  # prefill is not captured
-
-    def _captured(self) -> Any:
-        options = self._run_options()
-        options.add_run_config_entry("gpu_graph_id", str(next(_graphs)))
-        return options
+        self.step_options = self._run_options()
+        self.step_options.add_run_config_entry("gpu_graph_id", str(next(_graphs)))
+        self.run_options.add_run_config_entry("gpu_graph_id", "-1")  # nothing is captured
 
     # --- buffers --------------------------------------------------------------------------------
 
@@ -72,9 +71,29 @@ class CudaSession(OrtSession):
 
     def _kept(self) -> dict[str, Any]:
         model, c = self.model, self.model.graph.config
-        shape = (1, c.n_kv_heads, model.options.context, cache_width(c))
-        cache = {n: self._room(shape, model.manner.dtype) for n in cache_names(c.n_layers)}
+        self.cache_shape = (1, c.n_kv_heads, model.options.context, cache_width(c))
+        self.cache_type = DTYPES[model.manner.dtype]
+        *outer, width = self.cache_shape
+        in_bytes = (*outer, width * SIZES[model.manner.dtype])  # NumPy knows no bfloat16
+        cache = {name: self._room(in_bytes, "uint8") for name in cache_names(c.n_layers)}
+        first, *others = cache.values()
+        first.update_inplace(np.zeros(in_bytes, np.uint8))  # 0 * NaN would be NaN
+        for value in others:
+            value.update_inplace(first)
         return cache | self._angles()
+
+    def _binding(self) -> Any:
+        binding = self.model.session_.io_binding()
+        for name in ("cos", "sin"):
+            binding.bind_ortvalue_input(name, self.kept[name])
+        kind, shape = self.cache_type, self.cache_shape
+        for name in cache_names(self.model.graph.config.n_layers):
+            place = (self.memory, 0, kind, shape, self.kept[name].data_ptr())
+            binding.bind_input(name, *place)
+            binding.bind_output(new_name(name), *place)
+        binding.bind_ortvalue_input("past", self._value(self.past))
+        binding.bind_ortvalue_input("total", self._value(self.total))
+        return binding
 
     def _angles(self) -> dict[str, Any]:
         """Of the whole context: what is bound must not change."""
@@ -86,106 +105,100 @@ class CudaSession(OrtSession):
 
     def _step_binding(self) -> Any:
         """A single token: all at fixed places, the attention told of the whole context."""
-        vocab, one = self.model.graph.config.vocab_size, (1, 1)
-        count = min(self.model.manner.candidates, vocab)
+        one = (1, 1)
         self.given = {"tokens": self._room(one, "int64"), "past": self._room((1,), "int32")}
         self.given["rows"] = self._copy(self.row)
         if "positions" in self.model.inputs:
             self.given["positions"] = self._room(one, "int64")
         self.got = {
-            LOGITS: self._room((1, 1, vocab), "float32"),
-            CANDIDATES[0]: self._room((1, 1, count), "float32"),
-            CANDIDATES[1]: self._room((1, 1, count), "int64"),
-            CANDIDATES[2]: self._room((1, 1, count), "float32"),
-            NEXT: self._room(one, "int64"),
-            NEXT_PAST: self._room((1,), "int32"),
+            LOGITS: self._room((1, 1, self.model.graph.config.vocab_size), "float32"),
+            TOP: self._room((1, 1, 2 * self.choices + 1), "float32"),
+            NEXT: self.given["tokens"],
+            NEXT_PAST: self.given["past"],
         }
-        feeding = self.got | {NEXT: self.given["tokens"], NEXT_PAST: self.given["past"]}
-        self.feeding = self._fixed(feeding)
-        return self._fixed(self.got)
-
-    def _fixed(self, got: dict[str, Any]) -> Any:
-        binding = self.model.session_.io_binding()
-        for name, value in (self.kept | self.given).items():
-            binding.bind_ortvalue_input(name, value)
-        for name in cache_names(self.model.graph.config.n_layers):
-            binding.bind_ortvalue_output(new_name(name), self.kept[name])
+        binding = self._binding()
         binding.bind_ortvalue_input("total", self._value(self.capacity))
-        for name, value in got.items():
+        for name, value in self.given.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self.got.items():
             binding.bind_ortvalue_output(name, value)
         return binding
 
     # --- steps ----------------------------------------------------------------------------------
 
+    def padded(self, chunk: Ids, room: int) -> Ids:
+        """To a multiple of a few tokens if there is room; what they leave behind is forgotten."""
+        missing = -chunk.shape[1] % MULTIPLE
+        if chunk.shape[1] + missing > room:
+            return chunk
+        return np.pad(chunk, ((0, 0), (0, missing)))
+
     def options(self, binding: Any) -> Any:
-        if binding is self.decode:
-            return self.step_options
-        return self.feed_options if binding is self.feeding else self.run_options
+        replayed = binding is self.decode and self.captured
+        return self.step_options if replayed else self.run_options
 
     def _one(self, token: int, cancel: CancelToken | None) -> Logits:
         self._step(token, cancel)
+        return self.logits()
+
+    def step(self, token: int, *, cancel: CancelToken | None = None) -> Likeliest:
+        self._check_process()
+        self._step(token, cancel)
+        top = self.got[TOP].numpy()[0, 0]  # the one copy off the device
+        logits, numbers = top[: self.choices], top[self.choices : -1]
+        with np.errstate(invalid="ignore"):
+            ids = numbers.astype(np.int64)
+        self.held = (int(ids[0]), self.position)
+        return Likeliest(ids, logits, float(top[-1]))
+
+    def logits(self) -> Logits:
         logits: Logits = self.got[LOGITS].numpy()[0, 0].copy()
         return logits
 
-    def candidates(self, token: int, cancel: CancelToken | None = None) -> Candidates:
-        """One more token; the likeliest to follow. A few hundred bytes leave the device."""
-        self._step(token, cancel)
-        logits, ids, log_p = (self.got[name].numpy()[0, 0].copy() for name in CANDIDATES)
-        return Candidates(ids, logits, float(logits[0] - log_p[0]))
-
-    def greedy(self, token: int, n: int, cancel: CancelToken | None = None) -> list[int]:
-        """Append `token`, then the likeliest again and again: the n that follow, all but the last
-        of them in the cache. Raises ContextOverflow, Cancelled with the position as it was.
-        """
-        before, found = self.position, []
-        if before + n > int(self.capacity):
-            raise ContextOverflow(before + n, int(self.capacity))
-        if not self.fed:  # capturing runs a step more than once, each time with its own result
-            self._send(token)
-            self.run(self.feeding, 1, cancel, before)
-            self.position, self.fed = before, True
-        self._send(token)
-        for _ in range(n):
-            self.run(self.feeding, 1, cancel, before)
-            found.append(int(self.given["tokens"].numpy()[0, 0]))
-            if "positions" in self.given:
-                self.positions[0, 0] = self.position
-                self.given["positions"].update_inplace(self.positions)
-        return found
-
     def _step(self, token: int, cancel: CancelToken | None) -> None:
+        """Capturing runs a step more than once, each time with its own result: it comes first."""
+        before = self.position
+        if not self.captured and before + CAPTURING <= int(self.capacity):
+            self.captured, self.held = True, None
+            self._send(token)
+            try:
+                self.run(self.decode, 1, cancel, before)
+            except BaseException:
+                self.captured = False
+                raise
+            self.position, self.held = before, None
         self._send(token)
-        self.run(self.decode, 1, cancel, self.position)
+        self.held = None  # until the result is known
+        self.run(self.decode, 1, cancel, before)
 
     def _send(self, token: int) -> None:
-        self.token[0, 0], self.positions[0, 0] = token, self.position
-        self.past[0] = self.position
-        sent = {"tokens": self.token, "past": self.past, "positions": self.positions}
+        """What the step needs and does not find there from the one before."""
+        sent = {}
+        if self.held != (token, self.position):
+            self.token[0, 0], self.past[0] = token, self.position
+            sent = {"tokens": self.token, "past": self.past}
+        if "positions" in self.given:
+            self.positions[0, 0] = self.position
+            sent["positions"] = self.positions
         for name, array in sent.items():
-            if name in self.given:
-                self.given[name].update_inplace(array)
+            self.given[name].update_inplace(array)
 
     # --- keys and values as bytes -----------------------------------------------------------------
 
     def export(self) -> Iterator[NDArray[np.uint8]]:
-        for name in self._savable():
-            kept = self.kept[name].numpy()[0, :, : self.position]  # (heads, tokens, width)
-            yield np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
+        for name in cache_names(self.model.graph.config.n_layers):
+            kept = self.kept[name].numpy()[0, :, : self.position]  # (heads, tokens, bytes)
+            yield np.ascontiguousarray(kept).reshape(-1)
 
     def adopt(self, n: int, fill: Callable[[NDArray[np.uint8]], None]) -> None:
-        for name in self._savable():
-            whole = np.zeros(self.kept[name].shape(), self.model.manner.dtype)
-            room = np.empty((whole.shape[1], n, whole.shape[3]), whole.dtype)
-            fill(room.reshape(-1).view(np.uint8))
+        for name in cache_names(self.model.graph.config.n_layers):
+            whole = np.zeros(self.kept[name].shape(), np.uint8)
+            room = np.empty((whole.shape[1], n, whole.shape[3]), np.uint8)
+            fill(room.reshape(-1))
             whole[0, :, :n] = room
             self.kept[name].update_inplace(whole)
         self.position = n
 
-    def _savable(self) -> list[str]:
-        if self.model.manner.dtype == "bfloat16":
-            raise ParameterError("keys and values in bfloat16 cannot be saved", field="dtype")
-        return cache_names(self.model.graph.config.n_layers)
-
     def close(self) -> None:
         super().close()
-        self.given, self.got, self.feeding = {}, {}, None
+        self.given, self.got = {}, {}

@@ -41,6 +41,8 @@ Logits = NDArray[np.float32]
 class OrtSession:
     """Buffers for keys and values, and what every call is bound to."""
 
+    chunk = CHUNK
+
     def __init__(self, model: "Ort") -> None:
         self.model, self.api = model, model.api
         self.position, self.stopped, self.seconds = 0, False, 0.0
@@ -104,12 +106,15 @@ class OrtSession:
     def forward(
         self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
     ) -> Logits:
-        if os.getpid() != self.model.pid:
-            raise ForkedProcess("the model was loaded before this process forked")
+        self._check_process()
         if len(ids) == 1:
             one = self._one(ids[0], cancel)
             return one[None] if all_logits else one
         return self._many(ids, all_logits, cancel)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self.model.pid:
+            raise ForkedProcess("the model was loaded before this process forked")
 
     def _one(self, token: int, cancel: CancelToken | None) -> Logits:
         """Logits after a single token, (vocab_size,)."""
@@ -119,7 +124,7 @@ class OrtSession:
         return logits
 
     def _many(self, ids: Sequence[int], all_logits: bool, cancel: CancelToken | None) -> Logits:
-        before, step = self.position, ROWS if all_logits else CHUNK
+        before, step = self.position, ROWS if all_logits else self.chunk
         vocab = self.model.graph.config.vocab_size
         result = np.empty((1, len(ids) if all_logits else 1, vocab), np.float32)
         tokens = np.array([ids], np.int64)
@@ -128,12 +133,18 @@ class OrtSession:
             n = chunk.shape[1]
             rows = np.arange(n) if all_logits else np.array([n - 1])
             room = result[:, start : start + n] if all_logits else result
-            positions = np.arange(self.position, self.position + n)[None]
+            chunk = self.padded(chunk, self.model.options.context - self.position)
+            positions = np.arange(self.position, self.position + chunk.shape[1])[None]
             self._bind(self.prefill, chunk, positions, rows, room)
-            self.run(self.prefill, n, cancel, before)
+            self.run(self.prefill, chunk.shape[1], cancel, before)
+            self.position += n - chunk.shape[1]
         self._bind(self.prefill, self.token, self.positions, self.row, self.one)  # lets go of ours
         logits: Logits = result[0] if all_logits else result[0, 0]
         return logits
+
+    def padded(self, chunk: Ids, room: int) -> Ids:
+        """A chunk (1, n) as it is computed, at most `room` tokens."""
+        return chunk
 
     def run(self, binding: Any, n: int, cancel: CancelToken | None, before: int) -> None:
         """One call for n tokens; the position is `before` again if it does not end well."""

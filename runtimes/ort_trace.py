@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgellama.errors import ParameterError
-from edgellama.runtimes.onnx_lowering import LOGITS, Manner, lower
+from edgellama.runtimes.onnx_lowering import LOGITS, Manner, lower, shown_name
 from edgellama.runtimes.ort import Ort
 from edgellama.runtimes.trace import Values
 
@@ -22,8 +21,6 @@ class OfOrt:
     """
 
     def __init__(self, runtime: Ort, fused: bool = False) -> None:
-        if runtime.manner.dtype == "bfloat16":  # NumPy has no such type
-            raise ParameterError("values in bfloat16 cannot be shown", field="dtype")
         manner = replace(runtime.manner, fused=fused)
         if not fused:
             manner = replace(manner, accuracy=0)
@@ -41,7 +38,7 @@ class OfOrt:
         session._bind(binding, np.array([ids], np.int64), positions[None], positions, room)
         names = [name for name in self.shown if name != LOGITS]
         for name in names:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(shown_name(name, self.runtime.manner.dtype), "cpu")
         session.run(binding, n, None, 0)
         outputs = binding.get_outputs()[-len(names) :]  # they come in the order of binding
         found = {

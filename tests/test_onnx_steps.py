@@ -82,23 +82,34 @@ def test_half_precision(made: Made, name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_candidates_are_the_likeliest(made: Made, name: str) -> None:
+def test_a_step_finds_the_likeliest(made: Made, name: str) -> None:
     runtime, _ = made(name, "Q8_0", "float32")
     one, other = runtime.session(), runtime.session()
     one.forward(TOKENS[:9])
     other.forward(TOKENS[:9])
     for token in TOKENS[9:14]:
-        logits, found = one.forward([token]), other.candidates(token)
+        logits, found = one.forward([token]), other.step(token)
         order = np.argsort(-logits, kind="stable")[:8]
         np.testing.assert_array_equal(found.ids, order)
         np.testing.assert_array_equal(found.logits, logits[order])
-        wanted = log_probabilities(logits[None])[0, order]
-        np.testing.assert_allclose(found.logits - found.log_sum, wanted, atol=1e-5)
-    assert one.position == other.position == 14
+        wanted = log_probabilities(logits[None])[0, order[0]]
+        assert found.log_p == pytest.approx(wanted, abs=1e-5)
+        np.testing.assert_array_equal(other.logits(), logits)
+    assert one.position == other.position == 14 and other.choices == 8
+
+
+def fed(session: Any, token: int, n: int) -> list[int]:
+    """The likeliest token again and again."""
+    found = []
+    for _ in range(n):
+        token = int(session.step(token).ids[0])
+        found.append(token)
+    return found
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_feeding_itself_is_stepping(made: Made, name: str) -> None:
+    """A token that is on the device already is not sent; after any other call it may not be."""
     runtime, _ = made(name, "Q8_0")
     one, other = runtime.session(), runtime.session()
     token = int(one.forward(TOKENS[:9]).argmax())
@@ -107,22 +118,55 @@ def test_feeding_itself_is_stepping(made: Made, name: str) -> None:
     for _ in range(20):
         at = int(one.forward([at]).argmax())
         steps.append(at)
-    assert other.greedy(token, 12) == steps[:12]
-    assert other.greedy(steps[11], 8) == steps[12:]
+    assert fed(other, token, 12) == steps[:12]
+    other.truncate(15)
+    other.forward(TOKENS[:7])  # as long again, but not what it was
+    other.truncate(15)
+    assert fed(other, steps[5], 14) == steps[6:]
     assert other.position == one.position == 29
     np.testing.assert_array_equal(one.forward([7]), other.forward([7]))
-    with pytest.raises(edgellama.ContextOverflow):
-        other.greedy(1, 40)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("before", [57, 59, 60, 61, 63])
+def test_up_to_the_last_position(made: Made, name: str, before: int) -> None:
+    """Capturing a step takes a few positions more than the step: there may be none left."""
+    runtime, _ = made(name, "Q8_0")
+    tokens = [*TOKENS, *TOKENS][:64]
+    wanted = runtime.session().forward(tokens, all_logits=True)
+    session = runtime.session()
+    session.forward(tokens[:before])
+    found = []
+    for token in tokens[before:]:
+        session.step(token)
+        found.append(session.logits())
+    assert session.position == 64 and nmse(wanted[before:], np.stack(found)) < HALF
+
+
+@pytest.mark.parametrize("count", [2, 15, 16, 17, 40, 63, 64])
+def test_chunks_are_padded_where_there_is_room(made: Made, count: int) -> None:
+    runtime, path = made("gqa", "Q8_0")
+    tokens = [*TOKENS, *TOKENS][:count]
+    with edgellama.load(path, "reference") as model:
+        wanted = model.session().forward(tokens)
+    session = runtime.session()
+    assert nmse(wanted, session.forward(tokens)) < HALF and session.position == count
+    session.truncate(1)
+    assert nmse(wanted, session.forward(tokens[1:])) < HALF and session.position == count
 
 
 def test_cancelled_while_feeding_itself(made: Made) -> None:
     runtime, _ = made("gqa", "Q8_0")
     session, token = runtime.session(), edgellama.CancelToken()
     session.forward(TOKENS[:9])
+    wanted = runtime.session()
+    wanted.forward(TOKENS[:9])
+    first = int(session.step(1).ids[0])
     token.cancel()
     with pytest.raises(edgellama.Cancelled):
-        session.greedy(1, 5, token)
-    assert session.position == 9
+        session.step(first, cancel=token)
+    assert session.position == 10
+    assert fed(session, first, 5) == fed(wanted, int(wanted.step(1).ids[0]), 5)
 
 
 def test_default_model_in_half_precision(default_model: Path) -> None:
@@ -146,7 +190,7 @@ def test_default_model_in_half_precision(default_model: Path) -> None:
     assert agreement(wanted, found) >= 0.9
     p, q = log_probabilities(wanted), log_probabilities(found)
     assert divergence(p, q).mean() < 2e-2  # activations are rounded to 8 bits in both
-    assert runtime.session().greedy(tokens[0], 3)
+    assert len(fed(runtime.session(), tokens[0], 3)) == 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,7 +5,7 @@ sessions whose graph is not captured, with steps driven from outside, after a re
 sessions in turns. On the CPU nothing is captured; the rest is compared as well.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import edgellama
+from edgellama.generate import generate
 from gpu import models, provider
 from gpu.parts import Given, Row, Skip, Task
 
@@ -26,7 +27,7 @@ def tasks(given: Given) -> Iterator[Task]:
     provider.require(given.device)
     checks: dict[str, Check] = {"generate = steps": steps, "rewound": rewound, "in turns": turns}
     if given.device == "cuda":
-        checks |= {"feeding itself = steps": feeding, "likeliest = steps": likeliest}
+        checks |= {"feeding itself = steps": feeding, "drawn = drawn of all": drawn}
     names = ("gqa",) if given.quick else ("gqa", "head128", "tied")
     for name in names:
         for kind in ("F16", "Q4_0", "Q8_0"):
@@ -124,22 +125,38 @@ def steps(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
 
 
 def feeding(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
-    """A graph that takes its own token as the next one, twice: captured, then replayed."""
-    wanted = list(stepped(model.session(), ids, TOKENS))
-    session = runtime_session(model)
-    first = int(session.forward(ids).argmax())
-    found = [first, *session.greedy(first, TOKENS // 2)]
-    return wanted, [*found, *session.greedy(found[-1], TOKENS - len(found))]
-
-
-def likeliest(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
-    """Only the likeliest tokens leave the device."""
+    """A graph that takes its own token as the next one; all logits are fetched now and then."""
     wanted = list(stepped(model.session(), ids, TOKENS))
     session = runtime_session(model)
     found = [int(session.forward(ids).argmax())]
     while len(found) < TOKENS:
-        found.append(int(session.candidates(found[-1]).ids[0]))
+        few = session.step(found[-1])
+        found.append(int(few.ids[0] if len(found) % 7 else session.logits().argmax()))
     return wanted, found
+
+
+class _Plain:
+    """A session that gives all logits only."""
+
+    def __init__(self, session: edgellama.Session) -> None:
+        self.session = session
+
+    @property
+    def position(self) -> int:
+        return self.session.position
+
+    def forward(self, ids: Sequence[int], *, cancel: Any = None) -> Any:
+        return self.session.forward(ids, cancel=cancel)
+
+
+def drawn(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
+    """Tokens drawn among the few that leave the device, and among all."""
+    how = edgellama.Sampling(seed=1, top_k=40)
+    plain = _Plain(model.session())
+    reply = generate(plain, model.tokenizer, ids, how, context=CONTEXT, max_tokens=TOKENS)
+    wanted = [chunk.token for chunk in reply if chunk.token is not None]
+    chunks = model.generate(ids, how, max_tokens=TOKENS)
+    return wanted, [chunk.token for chunk in chunks if chunk.token is not None]
 
 
 def runtime_session(model: edgellama.Model) -> Any:
