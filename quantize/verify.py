@@ -65,6 +65,7 @@ def verify(
     path: str | os.PathLike[str],
     runtime: str = "auto",
     *,
+    device: str = "auto",
     threads: int | None = None,
     cancel: CancelToken | None = None,
     progress: Progress | None = None,
@@ -76,7 +77,7 @@ def verify(
     if Path(path).is_dir():
         from edgellama.quantize.verify_onnx import verify_folder
 
-        return verify_folder(Path(path), runtime, threads, cancel, progress)
+        return verify_folder(Path(path), runtime, device, threads, cancel, progress)
     with open_gguf(path) as file:
         certificate = read_certificate(file.metadata, file.path)
         config = model_config(file)
@@ -90,6 +91,7 @@ def verify(
         with opening.load(
             path,
             runtime,
+            device=device,
             threads=threads,
             context=min(config.context_length, 256),
             cancel=cancel,

@@ -24,6 +24,7 @@ from edgellama.runtimes.onnx_folder import open_folder
 def verify_folder(
     path: Path,
     runtime: str,
+    device: str,
     threads: int | None,
     cancel: CancelToken | None,
     progress: Progress | None,
@@ -40,7 +41,13 @@ def verify_folder(
         limit = max(LIMITS.get(kind, FEW_BITS) for kind in folder.layout.types.values())
     context = min(folder.graph.config.context_length, 256)
     with opening.load(
-        path, runtime, threads=threads, context=context, cancel=cancel, progress=progress
+        path,
+        runtime,
+        device=device,
+        threads=threads,
+        context=context,
+        cancel=cancel,
+        progress=progress,
     ) as model:
         found = deviation(model, certificate, cancel)
     if not found <= limit:

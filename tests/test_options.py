@@ -1,0 +1,121 @@
+"""What all commands have in common: options with their twins, and --json, --quiet, --debug."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from tiny import write_tiny
+
+from edgellama.cli.main import app, run
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+RUN_A_MODEL = ("run", "chat", "bench", "perplexity", "verify", "estimate")
+LISTS = {"--stop", "--dry-breaker", "--infill"}  # their twins are read by edgellama itself
+NO_TWIN = {("perplexity", "--context")}  # a habit of chatting must not change a measure
+FILES = {"fim_pre": 284, "fim_suf": 285, "fim_mid": 286, "eot": 287}  # any four tokens
+
+
+def options_of(command: str) -> dict[str, Any]:
+    """By their first names, without --help."""
+    options = [p for p in COMMANDS[command].params if p.param_type_name == "option"]
+    return {o.opts[0]: o for o in options if "--help" not in o.opts}
+
+
+def test_commands_are_the_documented_ones() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"\n## {name}\n" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_twin(command: str) -> None:
+    for name, option in options_of(command).items():
+        twin = "EDGELLAMA_" + name.removeprefix("--").replace("-", "_").upper()
+        if name not in LISTS and (command, name) not in NO_TWIN:
+            assert option.envvar == twin, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_these(command: str) -> None:
+    wanted = {"--json", "--quiet", "--debug"}
+    if command in RUN_A_MODEL:
+        wanted |= {"--runtime", "--device", "--threads"}
+        wanted |= {"--context"} if command != "verify" else set()  # the certificate says it
+    assert wanted <= set(options_of(command))
+
+
+# --- twins ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    keys = {f"tokenizer.ggml.{name}_token_id": token for name, token in FILES.items()}
+    return write_tiny(tmp_path_factory.mktemp("options") / "tiny.gguf", metadata=keys)
+
+
+@pytest.fixture
+def asked(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run` with arguments, and twins by name: its document."""
+
+    def ask(*arguments: str, **twins: str) -> dict[str, Any]:
+        with monkeypatch.context() as patched:
+            for name, value in twins.items():
+                patched.setenv(f"EDGELLAMA_{name}", value)
+            common = ["--runtime", "reference", "-t", "0", "-n", "6", "--json", "--quiet"]
+            assert run(["run", str(model), *arguments, *common]) == 0
+        document: dict[str, Any] = json.loads(capsys.readouterr().out)
+        for reply in document.get("replies", [document]):
+            del reply["usage"]
+        return document
+
+    return ask
+
+
+def test_prompts_from_a_file(asked: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("the\ncat\n---\nan ant\n")
+    wanted = asked("--file", str(file), "--separator", "---")
+    assert [reply["prompt"] for reply in wanted["replies"]] == ["the\ncat", "an ant"]
+    assert asked(FILE=str(file), SEPARATOR="---") == wanted
+    plain = asked("the cat")
+    assert asked("the cat", FILE=str(file)) == plain  # what is typed comes first
+
+
+def test_filling_in(asked: Any, tmp_path: Path) -> None:
+    files = [tmp_path / "be fore", tmp_path / "after"]
+    for file, text in zip(files, ("the ", " cat"), strict=True):
+        file.write_text(text)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the\n")
+    twin = os.pathsep.join(map(str, files))
+    wanted = asked("--infill", *map(str, files))
+    assert wanted["infill"] == [str(file) for file in files]
+    assert asked(INFILL=twin) == wanted
+    others = {"FILE": str(prompts), "SYSTEM": "be brief", "RAW": "1"}
+    assert asked("--infill", *map(str, files), **others) == wanted
+    assert "infill" not in asked("the cat", INFILL=twin)
+    assert len(asked("--file", str(prompts), INFILL=twin)["replies"]) == 1
+
+
+def test_a_twin_that_is_no_pair(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELLAMA_INFILL", "one")
+    assert run(["run", "nowhere.gguf"]) == 2
+    assert "EDGELLAMA_INFILL must be two files" in capsys.readouterr().err
+
+
+def test_texts_are_taken_whole(asked: Any) -> None:
+    whole = asked("the cat")["text"]
+    middle = next(at for at in range(1, len(whole)) if whole.index(whole[at:]) == at)
+    stopped = asked("the cat", "--stop", whole[middle : middle + 3])
+    assert stopped["text"] == whole[:middle] and stopped["finish_reason"] == "stop"
+    assert asked("the cat", STOP=whole[middle : middle + 3]) == stopped
+    assert asked("the cat", STOP="a b\n")["text"] == whole
+    assert asked("the cat", "--stop", "never to be found", STOP=whole[middle])["text"] == whole
+    the = {"LOGIT_BIAS": "259=99", "DRY_MULTIPLIER": "99", "DRY_ALLOWED_LENGTH": "1"}
+    wanted = asked("the cat", "--dry-breaker", "the", **the)
+    assert wanted["text"] == " the" * 6  # what is a breaker may be repeated
+    assert asked("the cat", DRY_BREAKER="the", **the) == wanted != asked("the cat", **the)
