@@ -9,7 +9,6 @@ from edgellama.cli.background import in_background
 from edgellama.cli.reply import Running
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
-from edgellama.errors import DeviceUnavailable
 from edgellama.measure import CONTEXT, ROUNDS, Comparison, Spread, compare
 from edgellama.paths import model_path
 
@@ -25,15 +24,14 @@ LABELS = {  # figure -> what a person reads, and the unit's size
 def run_bench(
     terminal: Terminal, name: str, *, against: str | None, how: Running, rounds: int = ROUNDS
 ) -> None:
-    if how.device not in ("auto", "cpu"):
-        raise DeviceUnavailable(f"the device {how.device} is not part of this release")
     path, cancel = model_path(name), CancelToken()
-    own = "cpu" if how.runtime == "auto" else how.runtime
+    own = _runtime(path, how)
     with terminal.progress() as display:
         result = in_background(
             lambda: compare(
                 path,
                 [own] if against is None else [own, against],
+                device=how.device,
                 threads=how.threads,
                 context=CONTEXT if how.context is None else how.context,
                 rounds=rounds,
@@ -48,6 +46,13 @@ def run_bench(
     else:
         terminal.note(introduction(result))
         terminal.write(table(result))
+
+
+def _runtime(path: Path, how: Running) -> str:
+    """What `load` would take."""
+    if how.runtime != "auto":
+        return how.runtime
+    return "onnx" if how.device == "cuda" or path.is_dir() else "cpu"
 
 
 def document(result: Comparison) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def compare(
     path: Path,
     runtimes: Sequence[str] = ("cpu",),
     *,
+    device: str = "auto",
     threads: int | None = None,
     context: int = CONTEXT,
     rounds: int = ROUNDS,
@@ -108,9 +109,10 @@ def compare(
 ) -> Comparison:
     """Measure one runtime, or two in turns: A B, B A, A B...
 
-    Both get the same file, threads and context. Every round computes PREFILL tokens at once, then
-    DECODE tokens one by one after SMALL_CONTEXT, and a first round of each is not counted; then
-    `cold_rounds` fresh processes of each load the model and reply. Raises what `load` raises.
+    Both get the same file, threads and context; `device` is the first one's. Every round computes
+    PREFILL tokens at once, then DECODE tokens one by one after SMALL_CONTEXT, and a first round of
+    each is not counted; then `cold_rounds` fresh processes of each load the model and reply.
+    Raises what `load` raises.
     """
     if not 1 <= len(runtimes) <= 2 or len(set(runtimes)) != len(runtimes):
         raise ParameterError("one runtime, or two that differ, can be measured", field="runtimes")
@@ -118,18 +120,28 @@ def compare(
     require_integer("cold_rounds", cold_rounds, 1, 1000)
     cancel = cancel or CancelToken()
     steps = _Steps(len(runtimes) * (rounds + 1 + cold_rounds), cancel, progress)
+    places = dict(zip(runtimes, (device, "auto"), strict=False))
     with contextlib.ExitStack() as loaded:
         models = [
             loaded.enter_context(
-                load(path, runtime=name, threads=threads, context=context, cancel=cancel)
+                load(
+                    path,
+                    runtime=name,
+                    device=where,
+                    threads=threads,
+                    context=context,
+                    cancel=cancel,
+                )
             )
-            for name in runtimes
+            for name, where in places.items()
         ]
         used, work = models[0].device["threads"], Work.of(models[0])
         warm = _warm(models, work, rounds, steps)
         devices = [model.device for model in models]
     cold = in_turns(
-        [_cold(path, name, used, context, cancel) for name in runtimes], cold_rounds, steps.next
+        [_cold(path, name, where, used, context, cancel) for name, where in places.items()],
+        cold_rounds,
+        steps.next,
     )
     samples = [w | c for w, c in zip(warm, cold, strict=True)]
     return Comparison(
@@ -238,10 +250,12 @@ def _ratios(a: Samples, b: Samples) -> dict[str, Spread]:
 # --- fresh processes ----------------------------------------------------------------------------
 
 
-def _cold(path: Path, runtime: str, threads: int, context: int, cancel: CancelToken) -> Step:
+def _cold(
+    path: Path, runtime: str, device: str, threads: int, context: int, cancel: CancelToken
+) -> Step:
     def run() -> dict[str, float | None]:
         time.sleep(PAUSE)
-        figures = fresh_process(path, runtime, threads, context, cancel=cancel)
+        figures = fresh_process(path, runtime, threads, context, device=device, cancel=cancel)
         return {figure: figures[figure] for figure in FIGURES[2:]}
 
     return run

@@ -1,5 +1,6 @@
 """Measuring: everything is there, in order, and stoppable. How large a figure is, no test says."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -127,9 +128,36 @@ def test_bench_writes_one_document(path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(out)["threads"] == 1 and err == ""
 
 
-def test_device_that_is_not_there(path: Path) -> None:
-    with pytest.raises(edgellama.DeviceUnavailable):
-        run_bench(Terminal(), str(path), against=None, how=Running(device="cuda"))
+@pytest.mark.parametrize("runtime", ["auto", "onnx"])
+def test_device_that_is_not_there(path: Path, runtime: str) -> None:
+    """The message names what is missing, and what installs it."""
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this onnxruntime was built with CUDA")
+    how = Running(runtime=runtime, device="cuda", context=96)
+    with pytest.raises(edgellama.DeviceUnavailable, match=r"pip install 'edgellama\["):
+        run_bench(Terminal(), str(path), against=None, how=how)
+    with pytest.raises(edgellama.ParameterError, match="runtime"):
+        run_bench(Terminal(), str(path), against=None, how=Running(runtime="cpu", device="cuda"))
+
+
+def test_onnx_is_measured_beside_another(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `onnx`)")
+    names = ("onnx", "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELLAMA_CACHE", str(tmp_path))
+        found = compare(path, names, device="cpu", context=96, threads=1, rounds=1, cold_rounds=1)
+    assert tuple(found.runtimes) == names and set(found.ratios) >= set(FIGURES[:4])
+    assert found.runtimes["onnx"].device["device"] == "cpu"
+
+
+def test_a_folder_means_onnx(tmp_path: Path) -> None:
+    """Which one is chosen shows in what is missing."""
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(edgellama.UnsupportedModelError, match="edgellama did not write"):
+        run_bench(Terminal(), str(tmp_path), against=None, how=Running())
 
 
 @pytest.mark.parametrize("script", ["compare.py", "import_cost.py"])
