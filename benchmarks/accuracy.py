@@ -6,7 +6,7 @@ The first 256 tokens of each text, teacher-forced, against the float32 reference
 where llama-cpp-python is installed.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import edgellama
@@ -23,9 +23,11 @@ def logits(model: str, runtime: str, texts: list[Path]) -> list:
 
 
 def main() -> None:
-    model, texts = sys.argv[1], [Path(name) for name in sys.argv[2:]]
-    if not texts:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("texts", type=Path, nargs="+")
+    given = parser.parse_args()
+    model, texts = given.model, given.texts
     reference = [log_probabilities(x) for x in logits(model, "reference", texts)]
     for runtime in ("cpu", "llama.cpp"):
         try:

@@ -7,6 +7,7 @@ random moments; some "ended" before. "damaged" must stay 0; "left" is the most t
 ever lay about at once, "litter" those that outlived the next run.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -16,11 +17,12 @@ from killing import kill_many
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    times = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("times", type=int, nargs="?", default=200)
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_many(Path(sys.argv[1]).resolve(), Path(folder), "F16", times)
+        found = kill_many(given.model.resolve(), Path(folder), "F16", given.times)
     names = ("killed", "ended", "old", "new", "damaged", "left", "litter")
     print(", ".join(f"{name} {found[name]}" for name in names))
 

@@ -220,7 +220,7 @@ def perplexity(
 def quantize(
     ctx: typer.Context,
     source: Annotated[str, typer.Argument(help="A checkpoint folder, or a GGUF file.")],
-    output: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    output: Annotated[Path, typer.Argument(help="The .gguf file to write, or .onnx folder.")],
     type: options.Type,
     strict: options.Strict = False,
     dry_run: options.DryRun = False,
