@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 from weakref import ReferenceType, ref
 
 from edgellama.errors import Cancelled
@@ -26,6 +27,9 @@ class CancelToken:
     def __init__(self) -> None:
         self._cell = array("q", [0])  # never resized, so its address stays
         self._linked: tuple[ReferenceType[CancelToken], ...] = ()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a cancel token cannot be copied, nor sent to another process")
 
     def cancel(self) -> None:
         self._cell[0] = 1

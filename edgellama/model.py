@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, Unpack
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE, ChatTemplate, template_from_gguf
 from edgellama.control import CancelToken
@@ -100,6 +100,9 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model cannot be copied, nor sent to another process: load it there")
 
     def close(self) -> None:
         """Free the weights and the threads; calling it twice is harmless."""
