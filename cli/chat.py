@@ -61,8 +61,8 @@ class Chat:
         self.stats = stats  # whether a footer follows each reply
         self.files: list[str] = []  # texts that go in front of the next message
         self.draft = ""  # a message that was not kept, for /edit
-        self._nearly_full = False
         self._unseen: tuple[int, ...] = ()  # messages that did not fit the context last time
+        self._future = ""  # what was said of the next message
         self._keyboard: Keyboard | None = None
 
     def converse(self) -> None:
@@ -109,7 +109,7 @@ class Chat:
             self.draft = ""
 
     def _remark(self, reply: Reply, kept: bool) -> None:
-        if self.stats:
+        if self.stats and reply.tokens:
             footer = reply.footer(self.conversation.model.info.context)
             self.terminal.note(f"[{footer}]", "dim")
         if reply.interrupted:
@@ -123,14 +123,14 @@ class Chat:
         self._warn(reply)
 
     def _warn(self, reply: Reply) -> None:
-        """Of messages that had no room, and before that happens."""
+        """Of messages that had no room, and before that happens; of each once."""
         conversation, usage = self.conversation, reply.usage
         unseen = usage.dropped_messages if usage is not None else ()
-        if usage is not None and unseen != self._unseen and unseen:
+        if usage is not None and unseen and unseen != self._unseen:
             told = report.left_out(conversation, unseen, usage.dropped_tokens)
             self.terminal.note(told, "fair")
-        share = reply.position / conversation.model.info.context
-        if share >= report.NEARLY_FULL and not (self._nearly_full or unseen):
-            future = report.prospect(conversation, conversation.leaves_out())
+        future = report.foresight(conversation, unseen)
+        if future and future != self._future:
+            share = conversation.position() / conversation.model.info.context
             self.terminal.note(f"The context is {share:.0%} full. {future}", "fair")
-        self._unseen, self._nearly_full = unseen, share >= report.NEARLY_FULL
+        self._unseen, self._future = unseen, future

@@ -39,7 +39,8 @@ class Words(Completer):
     def _named(self, start: str) -> Iterable[Completion]:
         for command in self._commands.values():
             if command.name.startswith(start):
-                yield Completion(command.name, -len(start), display_meta=command.help)
+                text = f"{command.name} " if command.takes else command.name
+                yield Completion(text, -len(start), display=command.name, display_meta=command.help)
 
 
 def _settings(rest: str) -> Iterable[Completion]:

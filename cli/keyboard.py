@@ -153,6 +153,7 @@ def _history(path: "Path | None") -> "History":
 
 
 def _keys() -> "KeyBindings":
+    from prompt_toolkit.completion import CompleteEvent, get_common_complete_suffix
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -169,6 +170,19 @@ def _keys() -> "KeyBindings":
     @keys.add("c-j")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("tab")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.complete_state:  # the menu is there
+            buffer.complete_next()
+            return
+        asked = CompleteEvent(completion_requested=True)
+        found = list(buffer.completer.get_completions(buffer.document, asked))
+        if common := get_common_complete_suffix(buffer.document, found):
+            buffer.insert_text(common)
+        else:
+            buffer.start_completion()
 
     @keys.add("c-c")
     def _(event: KeyPressEvent) -> None:

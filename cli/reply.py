@@ -107,7 +107,11 @@ class Reply:
 
 
 def rate(tokens: int, seconds: float) -> str:
-    return f" {tokens / seconds:.1f} t/s" if seconds > 0 and tokens > 0 else ""
+    """Speed, where there is any: " 45.1 t/s"."""
+    if seconds <= 0 or tokens <= 0:
+        return ""
+    speed = tokens / seconds
+    return f" {speed:.0f} t/s" if speed >= 100 else f" {speed:.1f} t/s"
 
 
 def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model":

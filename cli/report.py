@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgellama.model import Model
     from edgellama.overflow import Fitted
 
-NEARLY_FULL = 0.8  # of the context
+HALF_FULL, NEARLY_FULL = 0.5, 0.8  # of the context; below half of it, nothing is left out
 MOST_LISTED = 40  # messages
 
 
@@ -114,15 +114,17 @@ def context(conversation: "Conversation") -> str:
     return "\n".join([*lines, prospect(conversation, gone)])
 
 
-def prospect(conversation: "Conversation", gone: "Fitted | EdgeLlamaError") -> str:
-    """What the present `overflow` will do to the next message, in words."""
+def prospect(
+    conversation: "Conversation", gone: "Fitted | EdgeLlamaError", unseen: tuple[int, ...] = ()
+) -> str:
+    """What the present `overflow` will do to the next message, in words, but for the `unseen`."""
     policy, limit = conversation.settings.overflow, conversation.model.info.context
     if conversation.completing:
         return "A full context ends the text; /clear begins a new one."
     if isinstance(gone, EdgeLlamaError):
-        return f"The next message will be refused: {gone}"
-    if gone.dropped_messages:
-        which = _messages(conversation.messages(), gone.dropped_messages)
+        return f"The next message will be refused: {gone.problem}. /undo and /clear make room."
+    if lost := tuple(at for at in gone.dropped_messages if at not in unseen):
+        which = _messages(conversation.messages(), lost)
         return f"The next message will push out {which} (overflow is {policy})."
     if policy == "error":
         return (
@@ -130,8 +132,22 @@ def prospect(conversation: "Conversation", gone: "Fitted | EdgeLlamaError") -> s
             "it is refused. /undo and /clear make room; so does /set overflow shift."
         )
     system = "and keeps the system message" if policy == "shift" else "the system message first"
-    room = limit - limit // REPLY_SHARE
-    return f"From {room} tokens on, overflow {policy} leaves out the oldest turns, {system}."
+    reply = min(limit // REPLY_SHARE, conversation.settings.max_tokens or limit)
+    return (
+        f"From {limit - reply} tokens on, overflow {policy} leaves out the oldest turns, {system}."
+    )
+
+
+def foresight(conversation: "Conversation", unseen: tuple[int, ...]) -> str:
+    """What is to be known before the next message; "" if nothing. `unseen` have been told of."""
+    share = conversation.position() / conversation.model.info.context
+    if share < HALF_FULL:
+        return ""
+    gone = conversation.leaves_out()
+    dropped = () if isinstance(gone, EdgeLlamaError) else gone.dropped_messages
+    if share < NEARLY_FULL and not set(dropped) - set(unseen):
+        return ""
+    return prospect(conversation, gone, unseen)
 
 
 def left_out(conversation: "Conversation", dropped: Iterable[int], tokens: int) -> str:
@@ -141,11 +157,11 @@ def left_out(conversation: "Conversation", dropped: Iterable[int], tokens: int) 
 
 
 def _messages(talk: list[dict[str, str]], places: tuple[int, ...]) -> str:
-    first = talk[places[0]]
-    words = f"the {first['role']} message {beginning(first['content'], 32)}"
+    """Messages that are next to each other, by the words of the first."""
+    words = beginning(talk[places[0]]["content"], 32)
     if len(places) == 1:
-        return words
-    return f"{plural(len(places), 'message')}, from {words} on"
+        return f"the {talk[places[0]]['role']} message {words}"
+    return f"the {len(places)} messages from {words} on"
 
 
 # --- the session ----------------------------------------------------------------------------------

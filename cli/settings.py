@@ -15,7 +15,7 @@ from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, require_choice, shown
 from edgellama.generate import MOST_TOKENS
 from edgellama.overflow import POLICIES, Overflow
-from edgellama.sampling import Sampling, checked_integer
+from edgellama.sampling import ORDER, Sampling, checked_integer
 from edgellama.stop import checked_stops
 
 NAMES = (*SAMPLING, "max_tokens", "stop", "overflow")
@@ -86,8 +86,8 @@ def spelled(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{token}={number:g}" for token, number in value.items())
     if isinstance(value, tuple):
-        plain = all(text.isidentifier() for text in value)
-        return ", ".join(value) if value and plain else json.dumps(value, ensure_ascii=False)
+        steps = value and {*value} <= {*ORDER}
+        return ", ".join(value) if steps else json.dumps(value, ensure_ascii=False)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
