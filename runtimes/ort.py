@@ -50,6 +50,7 @@ class Ort:
         self.folder, self.fingerprint = source, source.fingerprint
         self.turns = Turns()  # one step at a time, as the other runtimes do
         self.sessions: weakref.WeakSet[OrtSession] = weakref.WeakSet()
+        self.spare: list[dict[str, Any]] = []  # what sessions on CUDA have left
         self.pid, self.closed = os.getpid(), False
         self.angles = _Angles(graph, source.rope_factors, options.context)
         model = lower(graph, source.layout, self.manner)
@@ -124,6 +125,7 @@ class Ort:
         for session in list(self.sessions):
             session.terminate()
         with self.turns.turn():
+            self.spare.clear()
             self.session_ = None
 
 

@@ -5,7 +5,9 @@ it gives all logits, the likeliest few, or feeds the likeliest back by itself.
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,14 +36,27 @@ CHUNK = 1024  # tokens computed at once: unpacking 4-bit weights costs the same 
 MULTIPLE = 16  # of which a chunk's length is one, so that few shapes occur
 CAPTURING = 4  # times that ONNX Runtime may run a step when it captures it; 1.31.1: 3
 
-_graphs = itertools.count(1)  # a captured graph belongs to one session's addresses
+LASTING = (  # what a session leaves to the next one: a captured graph knows their addresses
+    *("token", "row", "positions", "past", "total", "one", "kept", "given", "got"),
+    *("prefill", "decode", "run_options", "step_options", "graph"),
+)
+
+_graphs = itertools.count(1)
+
+
+@dataclass
+class _Captured:
+    """The graph of a step, which ONNX Runtime keeps as long as the model."""
+
+    done: bool = False
+    held: tuple[int, int] | None = None  # token and position that it finds on the device
 
 
 class CudaSession(OrtSession):
     """Buffers in the device's memory. The first step is captured, later ones replayed.
 
     A step leaves the likeliest token, and its place, where the next step looks for them: nothing
-    has to be sent if that token is the next one.
+    has to be sent if that token is the next one. When the session ends, its buffers are another's.
     """
 
     chunk = CHUNK
@@ -49,12 +64,22 @@ class CudaSession(OrtSession):
     def __init__(self, model: "Ort") -> None:
         self.memory, self.capacity = model.device.memory, np.array(model.options.context, np.int32)
         self.choices = min(model.manner.candidates, model.graph.config.vocab_size)
-        self.captured = False
-        self.held: tuple[int, int] | None = None  # token and position that lie on the device
         super().__init__(model)
-        self.step_options = self._run_options()
-        self.step_options.add_run_config_entry("gpu_graph_id", str(next(_graphs)))
-        self.run_options.add_run_config_entry("gpu_graph_id", "-1")  # nothing is captured
+
+    def prepare(self) -> None:
+        spare = self.model.spare
+        try:
+            vars(self).update(spare.pop())
+            self.graph.held = None
+        except IndexError:
+            self.graph = _Captured()
+            super().prepare()
+            self.step_options = self._run_options()
+            self.step_options.add_run_config_entry("gpu_graph_id", str(next(_graphs)))
+            self.run_options.add_run_config_entry("gpu_graph_id", "-1")  # nothing is captured
+        lasting = {name: vars(self)[name] for name in LASTING}
+        self.leave = weakref.finalize(self, spare.append, lasting)
+        self.leave.atexit = False
 
     # --- buffers --------------------------------------------------------------------------------
 
@@ -71,10 +96,8 @@ class CudaSession(OrtSession):
 
     def _kept(self) -> dict[str, Any]:
         model, c = self.model, self.model.graph.config
-        self.cache_shape = (1, c.n_kv_heads, model.options.context, cache_width(c))
-        self.cache_type = DTYPES[model.manner.dtype]
-        *outer, width = self.cache_shape
-        in_bytes = (*outer, width * SIZES[model.manner.dtype])  # NumPy knows no bfloat16
+        size = cache_width(c) * SIZES[model.manner.dtype]
+        in_bytes = (1, c.n_kv_heads, model.options.context, size)  # NumPy knows no bfloat16
         cache = {name: self._room(in_bytes, "uint8") for name in cache_names(c.n_layers)}
         first, *others = cache.values()
         first.update_inplace(np.zeros(in_bytes, np.uint8))  # 0 * NaN would be NaN
@@ -86,8 +109,9 @@ class CudaSession(OrtSession):
         binding = self.model.session_.io_binding()
         for name in ("cos", "sin"):
             binding.bind_ortvalue_input(name, self.kept[name])
-        kind, shape = self.cache_type, self.cache_shape
-        for name in cache_names(self.model.graph.config.n_layers):
+        c, kind = self.model.graph.config, DTYPES[self.model.manner.dtype]
+        shape = (1, c.n_kv_heads, self.model.options.context, cache_width(c))
+        for name in cache_names(c.n_layers):
             place = (self.memory, 0, kind, shape, self.kept[name].data_ptr())
             binding.bind_input(name, *place)
             binding.bind_output(new_name(name), *place)
@@ -134,7 +158,7 @@ class CudaSession(OrtSession):
         return np.pad(chunk, ((0, 0), (0, missing)))
 
     def options(self, binding: Any) -> Any:
-        replayed = binding is self.decode and self.captured
+        replayed = binding is self.decode and self.graph.done
         return self.step_options if replayed else self.run_options
 
     def _one(self, token: int, cancel: CancelToken | None) -> Logits:
@@ -144,11 +168,11 @@ class CudaSession(OrtSession):
     def step(self, token: int, *, cancel: CancelToken | None = None) -> Likeliest:
         self._check_process()
         self._step(token, cancel)
-        top = self.got[TOP].numpy()[0, 0]  # the one copy off the device
+        top = self.got[TOP].numpy()[0, 0].copy()  # the one copy off the device
         logits, numbers = top[: self.choices], top[self.choices : -1]
         with np.errstate(invalid="ignore"):
             ids = numbers.astype(np.int64)
-        self.held = (int(ids[0]), self.position)
+        self.graph.held = (int(ids[0]), self.position)
         return Likeliest(ids, logits, float(top[-1]))
 
     def logits(self) -> Logits:
@@ -157,24 +181,25 @@ class CudaSession(OrtSession):
 
     def _step(self, token: int, cancel: CancelToken | None) -> None:
         """Capturing runs a step more than once, each time with its own result: it comes first."""
-        before = self.position
-        if not self.captured and before + CAPTURING <= int(self.capacity):
-            self.captured, self.held = True, None
+        self._check(cancel)  # a closed session has nothing to send to
+        before, graph = self.position, self.graph
+        if not graph.done and before + CAPTURING <= int(self.capacity):
             self._send(token)
+            graph.done, graph.held = True, None
             try:
                 self.run(self.decode, 1, cancel, before)
             except BaseException:
-                self.captured = False
+                graph.done = False
                 raise
-            self.position, self.held = before, None
+            self.position = before
         self._send(token)
-        self.held = None  # until the result is known
+        graph.held = None  # until the result is known
         self.run(self.decode, 1, cancel, before)
 
     def _send(self, token: int) -> None:
         """What the step needs and does not find there from the one before."""
         sent = {}
-        if self.held != (token, self.position):
+        if self.graph.held != (token, self.position):
             self.token[0, 0], self.past[0] = token, self.position
             sent = {"tokens": self.token, "past": self.past}
         if "positions" in self.given:
@@ -202,3 +227,6 @@ class CudaSession(OrtSession):
     def close(self) -> None:
         super().close()
         self.given, self.got = {}, {}
+        if self.model.closed:
+            self.leave.detach()
+        self.leave()

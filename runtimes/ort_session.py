@@ -46,13 +46,17 @@ class OrtSession:
     def __init__(self, model: "Ort") -> None:
         self.model, self.api = model, model.api
         self.position, self.stopped, self.seconds = 0, False, 0.0
-        vocab = model.graph.config.vocab_size
+        self.cache_kind = f"onnx {model.manner.dtype}"
+        self.cache_origin = f"onnxruntime {model.api.get_version_string()} {model.manner.accuracy}"
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what calls are bound to."""
+        vocab = self.model.graph.config.vocab_size
         self.token, self.row = np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
         self.positions = np.zeros((1, 1), np.int64)
         self.past, self.total = np.zeros(1, np.int32), np.zeros((), np.int32)
         self.one = np.zeros((1, 1, vocab), np.float32)
-        self.cache_kind = f"onnx {model.manner.dtype}"
-        self.cache_origin = f"onnxruntime {model.api.get_version_string()} {model.manner.accuracy}"
         self.kept = self._kept()
         self.prefill, self.decode = self._binding(), self._step_binding()
         self.run_options = self._run_options()

@@ -74,7 +74,8 @@ def test_the_command_reports_what_it_could_not_do(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert list(results["parts"]) == ["capture", "speed"]
     captured = results["parts"]["capture"]
-    assert captured["error"] or {row["skipped"] for row in captured["rows"]} == {"no time was left"}
+    missing = {row["skipped"] for row in captured["rows"]}  # without `onnx` nothing is tried
+    assert captured["error"] or missing == {"no time was left"} or "'onnx'" in str(missing)
     speed = results["parts"]["speed"]
     assert speed["error"] or any("skipped" in row for row in speed["rows"])
     assert done.returncode == (1 if speed["error"] or captured["error"] else 0)

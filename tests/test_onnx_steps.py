@@ -155,6 +155,29 @@ def test_chunks_are_padded_where_there_is_room(made: Made, count: int) -> None:
     assert nmse(wanted, session.forward(tokens[1:])) < HALF and session.position == count
 
 
+def test_a_session_leaves_its_buffers_to_the_next(made: Made) -> None:
+    """A graph is captured for them, and ONNX Runtime never lets go of it."""
+    runtime, _ = made("gqa", "Q8_0")
+    one, two = runtime.session(), runtime.session()
+    places = [id(session.kept) for session in (one, two)]
+    assert places[0] != places[1]
+    one.forward(TOKENS)
+    wanted = fed(two, 5, 12)
+    one.close()
+    one.close()
+    with pytest.raises(edgellama.ParameterError, match="closed"):
+        one.step(5)
+    next_one = runtime.session()
+    assert id(next_one.kept) == places[0] and next_one.position == 0
+    del two  # not closed
+    other = runtime.session()
+    assert id(other.kept) == places[1] and id(runtime.session().kept) not in places
+    assert fed(next_one, 5, 12) == fed(other, 5, 12) == wanted
+    runtime.close()
+    other.close()
+    assert runtime.spare == []
+
+
 def test_cancelled_while_feeding_itself(made: Made) -> None:
     runtime, _ = made("gqa", "Q8_0")
     session, token = runtime.session(), edgellama.CancelToken()
