@@ -10,6 +10,7 @@ behind (give its file with --tiny). --first-use adds the compilation of kernels,
 """
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -173,19 +174,17 @@ def neighbour(path: str) -> None:
     for threads in (1, 2):
         with edgellama.load(path, threads=threads, context=1024) as model:
             measure_speed(model)
-            for _ in range(5):
-                for busy in (False, True):
-                    with busy_core() if busy else nullcontext():
-                        prefill, decode = measure_speed(model)
-                    speeds.setdefault((threads, busy, "prefill"), []).append(prefill)
-                    speeds.setdefault((threads, busy, "decode"), []).append(decode)
-    for work in ("prefill", "decode"):
-        for threads in (1, 2):
-            alone, shared = (statistics.median(speeds[threads, b, work]) for b in (False, True))
-            print(
-                f"{work} on {threads} threads: {alone:.0f} tokens/s alone, "
-                f"{shared:.0f} beside a busy neighbour ({shared / alone:.0%})"
-            )
+            for busy in (False, True) * 5:
+                with busy_core() if busy else nullcontext():
+                    prefill, decode = measure_speed(model)
+                speeds.setdefault((threads, busy, "prefill"), []).append(prefill)
+                speeds.setdefault((threads, busy, "decode"), []).append(decode)
+    for work, threads in itertools.product(("prefill", "decode"), (1, 2)):
+        alone, shared = (statistics.median(speeds[threads, b, work]) for b in (False, True))
+        print(
+            f"{work} on {threads} threads: {alone:.0f} tokens/s alone, "
+            f"{shared:.0f} beside a busy neighbour ({shared / alone:.0%})"
+        )
 
 
 def measure_speed(model: object) -> tuple[float, float]:
