@@ -131,7 +131,7 @@ def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "P
         multiline=True,
         prompt_continuation=MORE,
         key_bindings=_keys(),
-        history=_history(path),
+        history=kept_history(path),
         completer=Words(commands),
         complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
         placeholder=FormattedText([("fg:ansibrightblack", PLACEHOLDER)]),
@@ -139,7 +139,8 @@ def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "P
     )
 
 
-def _history(path: "Path | None") -> "History":
+def kept_history(path: "Path | None") -> "History":
+    """The editor's view of the history file."""
     from prompt_toolkit.history import History
 
     class Remembered(History):

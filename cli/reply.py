@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import edgellama
 from edgellama.cli.background import Background, in_background
 from edgellama.cli.sampling import settings_of
+from edgellama.cli.spelling import plural
 from edgellama.cli.terminal import Display, Terminal
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled
@@ -87,15 +88,15 @@ class Reply:
         new = use.prompt_tokens - use.reused_tokens
         steps = use.completion_tokens - 1  # the first token is the prompt's doing
         parts = [
-            f"prompt {use.prompt_tokens} tokens{cached}{rate(new, use.prefill_seconds)}",
-            f"reply {use.completion_tokens} tokens{rate(steps, use.decode_seconds)}",
+            f"prompt {plural(use.prompt_tokens, 'token')}{cached}{rate(new, use.prefill_seconds)}",
+            f"reply {plural(use.completion_tokens, 'token')}{rate(steps, use.decode_seconds)}",
         ]
         if self.first_token_seconds is not None:
             parts.append(f"first token {self.first_token_seconds:.2f} s")
         if context is not None:
             parts.append(f"context {self.position}/{context}")
         if use.dropped_messages:
-            parts.append(f"left out {len(use.dropped_messages)} messages")
+            parts.append(f"left out {plural(len(use.dropped_messages), 'message')}")
         return " · ".join([*parts, *self._end()])
 
     def _end(self) -> list[str]:
