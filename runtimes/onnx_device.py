@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,19 @@ class Device:
         found = session.get_providers()
         if found[0] != self.provider:
             raise _unavailable(f"ONNX Runtime fell back to {found[0]}", INSTALL_CUDA)
+        elsewhere = {name: n for name, n in placement(session).items() if name != self.provider}
+        if elsewhere:
+            problem = f"{sum(elsewhere.values())} nodes run on {', '.join(elsewhere)}"
+            raise _unavailable(f"the graph is not all on the device: {problem}", REPLACE)
+
+
+def placement(session: Any) -> dict[str, int]:
+    """How many nodes each provider runs; nothing where the release cannot tell."""
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(Exception):
+        for part in session.get_provider_graph_assignment_info():
+            counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts)
 
 
 def _refused(name: str, value: object, allowed: tuple[object, ...]) -> ParameterError:

@@ -5,10 +5,8 @@ file itself. Keys and values lie in buffers that are input and output at once. K
 formats of weights or text.
 """
 
-import contextlib
 import os
 import weakref
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.onnx_cache import transcoded
-from edgellama.runtimes.onnx_device import FAST_PRODUCTS, Device, bindings
+from edgellama.runtimes.onnx_device import FAST_PRODUCTS, Device, bindings, placement
 from edgellama.runtimes.onnx_folder import OnnxFolder
 from edgellama.runtimes.onnx_lowering import Manner, cache_width, lower
 from edgellama.runtimes.ort_cuda import CudaSession
@@ -102,7 +100,7 @@ class Ort:
             "threads": self.options.threads,
             "version": self.api.get_version_string(),
             "providers": session.get_providers(),
-            "nodes": _placement(session),
+            "nodes": placement(session),
             "accuracy": self.manner.accuracy if self.device.name == "cpu" else None,
             "kv_type": {"float32": "f32", "float16": "f16"}.get(self.manner.dtype, "bf16"),
             "weights": list(self.folder.notes),
@@ -143,12 +141,3 @@ class _Angles:
             at = slice(self.done, stop)
             self.cos[at], self.sin[at] = rope.angles(self.rope, self.done, stop, self.factors)
             self.done = stop
-
-
-def _placement(session: Any) -> dict[str, int]:
-    """How many nodes each provider runs."""
-    counts: Counter[str] = Counter()
-    with contextlib.suppress(Exception):  # a receipt; older releases cannot tell
-        for part in session.get_provider_graph_assignment_info():
-            counts[part.ep_name] += len(part.get_nodes())
-    return dict(counts)

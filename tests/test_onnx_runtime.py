@@ -365,30 +365,3 @@ def test_telemetry_is_off(made: Made, first: bool, said: str) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == said and done.stderr == ""
-
-
-# --- CUDA that is not there ----------------------------------------------------------------------
-
-
-def test_no_silent_fallback_from_cuda(made: Made) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime was built with CUDA")
-    with pytest.raises(edgellama.DeviceUnavailable, match=r"pip install 'edgellama\[cuda\]'"):
-        edgellama.load(made("gqa", "Q4_1"), device="cuda")
-
-
-def test_a_missing_library_is_named() -> None:
-    """A build with CUDA on a machine without NVIDIA's driver."""
-    from types import SimpleNamespace
-
-    from edgellama.runtimes import onnx_device
-
-    if sys.platform != "linux":
-        pytest.skip("libraries are looked for by these names on Linux")
-    if onnx_device._load("libcuda.so.1"):
-        pytest.skip("NVIDIA's driver is here")
-    build = SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider"])
-    with pytest.raises(edgellama.DeviceUnavailable, match=r"libcuda\.so\.1 is missing.*driver"):
-        onnx_device.require_cuda(build)
