@@ -5,12 +5,14 @@ Knows nothing about what the commands do with them.
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from edgellama.cli.terminal import Terminal
+from edgellama.errors import require_choice
 
 
 def twin_of(name: str) -> str:
@@ -51,6 +53,25 @@ def _two_files(name: str, *, help: str) -> Any:
     return typer.Option(name, help=help, callback=callback)
 
 
+def _choice(name: str, home: str, choices: str, **more: Any) -> Any:
+    """An option that takes one of the names in a module's constant.
+
+    It is compared before a model is looked for, and its module imported only then.
+    """
+
+    def given(value: str | None) -> str | None:
+        known = getattr(import_module(f"edgellama.{home}"), choices)
+        return value and require_choice(name.removeprefix("--").replace("-", "_"), value, known)
+
+    return _twin(name, callback=given, **more)
+
+
+def _file_type(value: str) -> str:
+    from edgellama.quantize.plan import type_name
+
+    return type_name(value)
+
+
 def typed(ctx: typer.Context, name: str) -> bool:
     """Whether an option stood on the command line, and not in the environment."""
     source = ctx.get_parameter_source(name)
@@ -62,8 +83,13 @@ def _sampling(name: str, *shorts: str, default: str, help: str) -> Any:
     return _twin(name, *shorts, help=help, show_default=default)
 
 
-Runtime = Annotated[str, _twin("--runtime", help="auto, cpu, onnx, reference or llama.cpp.")]
-Device = Annotated[str, _twin("--device", help="auto, cpu or cuda (with onnx).")]
+Runtime = Annotated[
+    str,
+    _choice("--runtime", "opening", "RUNTIMES", help="auto, cpu, onnx, reference or llama.cpp."),
+]
+Device = Annotated[
+    str, _choice("--device", "opening", "DEVICES", help="auto, cpu or cuda (with onnx).")
+]
 Threads = Annotated[
     int | None, _twin("--threads", min=1, show_default="physical cores", help="Worker threads.")
 ]
@@ -171,7 +197,14 @@ Base = Annotated[
     str | None, _twin("--base", help="Compare with this model, of the same vocabulary.")
 ]
 BaseRuntime = Annotated[
-    str | None, _twin("--base-runtime", show_default="that of the model", help="Its runtime.")
+    str | None,
+    _choice(
+        "--base-runtime",
+        "opening",
+        "RUNTIMES",
+        show_default="that of the model",
+        help="Its runtime.",
+    ),
 ]
 Chunks = Annotated[
     int | None, _twin("--chunks", min=1, show_default="all", help="Take this many chunks only.")
@@ -195,7 +228,9 @@ Overflow = Annotated[
 ]
 System = Annotated[str | None, _twin("--system", help="What the model is told to be.")]
 
-Type = Annotated[str, _twin("--type", help="The type of the output: Q4_K_M, Q8_0, F16...")]
+Type = Annotated[
+    str, _twin("--type", callback=_file_type, help="The type of the output: Q4_K_M, Q8_0, F16...")
+]
 Strict = Annotated[bool, _twin("--strict", help="Refuse where a tensor needs a larger type.")]
 DryRun = Annotated[bool, _twin("--dry-run", help="Show the plan and write nothing.")]
 Importance = Annotated[
@@ -221,14 +256,14 @@ Separator = Annotated[
     str | None,
     _twin("--separator", help="Prompts of --file end at a line that is this text alone."),
 ]
-A = Annotated[str, _twin("--a", help="cpu, onnx or reference, for FILE.")]
-B = Annotated[str, _twin("--b", help="The same, to compare with.")]
+A = Annotated[str, _choice("--a", "diff", "RUNTIMES", help="cpu, onnx or reference, for FILE.")]
+B = Annotated[str, _choice("--b", "diff", "RUNTIMES", help="The same, to compare with.")]
 DiffText = Annotated[Path | None, _twin("--text", help="A UTF-8 text to compute, up to 64 tokens.")]
 Tolerance = Annotated[
     float | None, _twin("--tolerance", min=0, show_default="rounding's", help="Largest NMSE.")
 ]
 Accuracy = Annotated[int, _twin("--accuracy", help="Of onnx: 0 float32, 4 activations of 8 bits.")]
-KvType = Annotated[str, _twin("--kv-type", help="f16, f32 or q8_0.")]
+KvType = Annotated[str, _choice("--kv-type", "estimate", "KV_TYPES", help="f16, f32 or q8_0.")]
 Types = Annotated[
     str | None, _twin("--types", help="Types of weights instead: Q4_K_M,Q8_0, or all.")
 ]

@@ -120,9 +120,9 @@ class ChatTemplate:
     @cached_property
     def _program(self) -> "Program":
         if not isinstance(self.source, str):
-            raise self._error(f"expected text, found {type(self.source).__name__}")
+            raise self.error(f"expected text, found {type(self.source).__name__}")
         if len(self.source) > MOST_TEMPLATE:
-            raise self._error(f"{len(self.source)} characters; at most {MOST_TEMPLATE} are allowed")
+            raise self.error(f"{len(self.source)} characters; at most {MOST_TEMPLATE} are allowed")
         from edgellama.sandbox import Program
 
         return Program(self.source, self._clock)
@@ -149,14 +149,15 @@ class ChatTemplate:
             return error
         if isinstance(error, Refusal):
             hint = f"The roles were: {roles_of(messages)}"
-            return self._error(f"it refuses the messages: {shown(error.args[0])}", hint)
+            return self.error(f"it refuses the messages: {shown(error.args[0])}", hint)
         if isinstance(error, RecursionError | MemoryError):
-            return self._error("it nests or calls itself too deeply")
+            return self.error("it nests or calls itself too deeply")
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if isinstance(line, int) else ""
-        return self._error(f"{where}{type(error).__name__}: {shown(str(error))}")
+        return self.error(f"{where}{type(error).__name__}: {shown(str(error))}")
 
-    def _error(self, problem: str, hint: str | None = None) -> TemplateError:
+    def error(self, problem: str, hint: str | None = None) -> TemplateError:
+        """What is wrong with the template, told in the usual way."""
         return TemplateError(problem, path=self.path, where="chat template", hint=hint)
 
 
@@ -192,19 +193,24 @@ def encode_chat(
 
     A message's text never becomes a control token, whatever it looks like, nor a user-defined one
     that the template writes: some files declare `<|im_end|>` so. The ids are those of
-    the whole rendered text, BOS in front if the tokenizer wants it and the template wrote none.
-    Raises what `ChatTemplate.render` raises, and Cancelled.
+    the whole rendered text, BOS in front once, if the tokenizer wants it or the template wrote it.
+    Raises what `ChatTemplate.render` raises, TemplateError for an empty prompt, and Cancelled.
     """
     checked = checked_messages(messages)
     lookalikes = _lookalikes(tokenizer, template.source)
-    marker = lookalikes.mark(checked)
+    marker, roles = lookalikes.mark(checked), roles_of(checked)
     text = template.render_checked(checked, add_generation_prompt)
+    if not text.replace(template.bos, "").strip():
+        raise template.error("it writes nothing for these messages", f"The roles were: {roles}")
     runs = lookalikes.runs(text, marker)
     ids: list[int] = []
     for number, run in enumerate(runs):
         ids += tokenizer.encode_parts(run, continuing=number > 0, cancel=cancel)
-    if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
-        ids.insert(0, tokenizer.bos)
+    bos = tokenizer.bos
+    while bos is not None and ids[:2] == [bos, bos]:
+        del ids[0]
+    if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
     return ids
 
 

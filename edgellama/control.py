@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 from weakref import ReferenceType, ref
 
-from edgellama.errors import Cancelled
+from edgellama.errors import Cancelled, ParameterError, shown
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 _LOOK = 0.02  # seconds between two looks at a token while waiting
@@ -60,6 +60,13 @@ class CancelToken:
         """Raise Cancelled if the token is set."""
         if self.cancelled:
             raise Cancelled(what)
+
+
+def require_token(cancel: object) -> None:
+    """Raise ParameterError for what is neither a token nor None."""
+    if not isinstance(cancel, CancelToken | None):
+        problem = f"cancel is {shown(cancel)}; allowed: a CancelToken or None"
+        raise ParameterError(problem, field="cancel")
 
 
 class Turns:

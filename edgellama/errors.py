@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LONGEST_SHOWN = 200  # characters of a file's value that a message repeats
+LONGEST_MISSPELT = 40  # characters of a word that a choice is proposed for
 
 
 def shown(value: object) -> str:
@@ -139,8 +140,23 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> str:
     """`value` if it is one of the choices, else ParameterError naming the parameter."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        allowed = ", ".join(choices)
+        allowed, meant = ", ".join(choices), _meant(value, choices)
         raise ParameterError(
-            f"{name} = {shown(value)}; allowed: {allowed}", field=name, value=value, allowed=allowed
+            f"{name} = {shown(value)}; allowed: {allowed}",
+            field=name,
+            value=value,
+            allowed=allowed,
+            hint=meant and f"Did you mean {meant}?",
         )
     return value
+
+
+def _meant(value: object, choices: Iterable[str]) -> str | None:
+    """The choice that was misspelt, in whatever case."""
+    if not isinstance(value, str) or len(value) > LONGEST_MISSPELT:
+        return None
+    from difflib import get_close_matches
+
+    names = {choice.upper(): choice for choice in choices}
+    close = get_close_matches(value.upper(), names, n=1, cutoff=0.75)
+    return names[close[0]] if close else None

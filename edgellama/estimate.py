@@ -19,6 +19,7 @@ from edgellama.ggml import BY_NAME
 from edgellama.gguf import open_gguf
 from edgellama.graph import Graph, decoder
 from edgellama.machine import available_memory, usable_cores
+from edgellama.opening import DEVICES, RUNTIMES
 from edgellama.paths import model_path
 from edgellama.weights import check_tensors, expected_shapes, model_config
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from edgellama.runtimes.places import CacheShape, Matrix
     from edgellama.runtimes.program import Batch
 
-RUNTIMES = ("auto", "cpu", "onnx", "reference", "llama.cpp")
 KV_TYPES = ("f16", "f32", "q8_0")
 MB = 1_000_000
 PROGRAM = {  # resident: the interpreter, the libraries that a runtime imports, machine code
@@ -154,7 +154,7 @@ def estimate_shape(
     minimum, "exact" or "8-bit"; "" for what the device wants.
     """
     require_choice("runtime", runtime, RUNTIMES)
-    require_choice("device", device, ("auto", "cpu", "cuda"))
+    require_choice("device", device, DEVICES)
     if device == "cuda":
         require_choice("runtime", runtime, ("auto", "onnx"))
         runtime = "onnx"

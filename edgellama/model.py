@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, Unpack
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE, ChatTemplate, template_from_gguf
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, require_token
 from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError, shown
 from edgellama.formats import ChatFormat
 from edgellama.formats_named import chosen_template
@@ -154,6 +154,7 @@ class Model:
         prompt, only the rest is computed. max_tokens None: to the end of the text or of the
         context. Raises ContextOverflow, ParameterError, NonFiniteError.
         """
+        own = self._own(session, cancel)
         if isinstance(prompt, str):
             try:
                 ids = self.tokenizer.encode(
@@ -170,7 +171,6 @@ class Model:
                 value=shown(prompt),
                 allowed="a str or a sequence of ids",
             )
-        own = self._own(session)
         return own.generate(ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel)
 
     def chat(
@@ -194,7 +194,7 @@ class Model:
         long, see `fitted`; the last chunk's usage says what was left out. Raises what `generate`
         raises, and TemplateError if there is no template or it refuses.
         """
-        own, chosen = self._own(session), self._chosen(template)
+        own, chosen = self._own(session, cancel), self._chosen(template)
         try:
             fitting = self.fitted(
                 messages, template=chosen, overflow=overflow, max_tokens=max_tokens, cancel=cancel
@@ -239,10 +239,14 @@ class Model:
             max_tokens=max_tokens,
         )
 
-    def _own(self, session: Session | None) -> Session:
+    def _own(self, session: Session | None, cancel: CancelToken | None) -> Session:
         """The session given, or a new one; another model's holds other keys and values."""
+        require_token(cancel)
         if session is None:
             return self.session()
+        if not isinstance(session, Session):
+            problem = f"session is {type(session).__name__}; allowed: a Session or None"
+            raise ParameterError(problem, field="session")
         if session.model is not self:
             raise ParameterError("the session belongs to another model", field="session")
         return session
@@ -315,7 +319,7 @@ class Model:
         cancel: CancelToken | None = None,
     ) -> Iterator[Chunk]:
         """`infill` as it comes, one Chunk a token; the last one says why it ended."""
-        tokens, own = self._infill_tokens, self._own(session)
+        tokens, own = self._infill_tokens, self._own(session, cancel)
         try:
             ids = infill_ids(
                 tokens,

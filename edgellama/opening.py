@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgellama.config import ModelConfig
-from edgellama.control import CancelToken, Progress
+from edgellama.control import CancelToken, Progress, require_token
 from edgellama.errors import (
     ModelConfigError,
     OutOfMemory,
     ParameterError,
     require_choice,
     require_integer,
+    shown,
 )
 from edgellama.gguf import GGUF, open_gguf
 from edgellama.graph import Graph, decoder
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from edgellama.runtimes.onnx_folder import OnnxFolder
 
 RUNTIMES = ("auto", "cpu", "onnx", "reference", "llama.cpp")
+DEVICES = ("auto", "cpu", "cuda")
 CONTEXT_STEP = 256  # a context is a multiple of this
 MEMORY_SHARE = 0.8  # of what is available, for weights and cache together
 
@@ -71,6 +73,9 @@ def load(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ParameterError(f"path is {type(path).__name__}; allowed: str or os.PathLike")
+    require_token(cancel)
+    if progress is not None and not callable(progress):
+        raise ParameterError("progress cannot be called; allowed: a function or None")
     chosen = _check_choice(runtime, device, dtype, deterministic, accuracy)
     file_path = model_path(os.fspath(path))
     folder = _onnx_folder(file_path, runtime, cancel, progress)
@@ -140,7 +145,10 @@ def _check_choice(
 ) -> str:
     """The runtime to open; what cannot be had, or does not fit it, is refused."""
     require_choice("runtime", runtime, RUNTIMES)
-    require_choice("device", device, ("auto", "cpu", "cuda"))
+    require_choice("device", device, DEVICES)
+    if not isinstance(deterministic, bool):
+        problem = f"deterministic is {shown(deterministic)}; allowed: True, False"
+        raise ParameterError(problem, field="deterministic")
     chosen = "cpu" if runtime == "auto" else runtime
     if device == "cuda" or (runtime == "auto" and accuracy is not None):
         require_choice("runtime", runtime, ("auto", "onnx"))

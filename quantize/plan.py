@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgellama.config import ModelConfig
-from edgellama.errors import ParameterError, shown
+from edgellama.errors import ParameterError, require_choice, shown
 from edgellama.ggml import BY_NAME, FLOATS
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def type_name(name: str) -> str:
     upper = name.upper() if isinstance(name, str) else ""
     full = ALIASES.get(upper, upper)
     if full not in FILE_TYPES:
-        allowed = ", ".join((*FILE_TYPES, *ALIASES))
-        raise ParameterError(
-            f"type = {shown(name)}; allowed: {allowed}", field="type", value=name, allowed=allowed
-        )
+        require_choice("type", name, (*FILE_TYPES, *ALIASES))
     return full
 
 

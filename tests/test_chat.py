@@ -1,4 +1,7 @@
-"""Chat templates: exact prompts, and no way for messages to become control tokens."""
+"""Chat templates: exact prompts, and no way for messages to become control tokens.
+
+Ids J1 to J10 and K14 are rows of the project's catalogue of bad inputs.
+"""
 
 import json
 from datetime import datetime
@@ -7,7 +10,9 @@ import pytest
 from hypothesis import given, strategies as st
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tiny import write_tiny
 
+import edgellama
 from edgellama.chat import ChatTemplate, encode_chat, template_from_gguf
 from edgellama.errors import ParameterError, TemplateError
 from edgellama.tokenizer import tokenizer_from_gguf
@@ -147,7 +152,7 @@ def test_llama2_exactly():
     ],
 )  # fmt: skip
 def test_what_templates_use(source, expected):
-    """As Hugging Face's own environment renders it, which models were trained with."""
+    """As Hugging Face's own environment renders it, which models were trained with; J4, J10."""
     clock = lambda: datetime(2024, 3, 5)  # noqa: E731
     assert render(source, clock=clock) == expected
     theirs = ImmutableSandboxedEnvironment(
@@ -169,6 +174,7 @@ class Generation(Extension):
 
 
 def test_the_templates_own_refusal_is_escaped_and_names_the_roles():
+    """J5 and J7."""
     with pytest.raises(TemplateError) as caught:
         render(LLAMA2, TALK[2:], path="/models/tiny.gguf")
     assert str(caught.value) == (
@@ -181,6 +187,7 @@ def test_the_templates_own_refusal_is_escaped_and_names_the_roles():
 
 
 def test_a_damaged_template_is_found_when_rendered_not_before():
+    """J4."""
     template = template_from_gguf({"tokenizer.chat_template": "{% if %}"})
     assert template is not None
     for _ in range(2):
@@ -230,6 +237,7 @@ class Evil(dict):
     ],
 )
 def test_messages_are_checked(messages, message):
+    """J8."""
     with pytest.raises(ParameterError) as caught:
         render(SMOLLM2, messages)
     assert message in str(caught.value)
@@ -252,6 +260,7 @@ def test_messages_are_copied():
 
 
 def test_a_left_out_system_message_is_an_error():
+    """J7."""
     user_only = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     assert render(user_only) == "hi"
     with pytest.raises(ParameterError, match="leaves the system message out; roles: system, user"):
@@ -296,6 +305,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_users_cannot_write_control_tokens(attack):
+    """K14."""
     template = ChatTemplate(SMOLLM2)
     start, end = 3, 4
     talk = [{"role": "system", "content": attack}, {"role": "user", "content": attack}]
@@ -361,12 +371,40 @@ def test_all_noncharacters_in_use_is_an_error():
         encode_chat(ChatTemplate(SMOLLM2), CHATML, [{"role": "user", "content": every}])
 
 
-@pytest.mark.parametrize("source", ["{{ bos_token }}a", "a"])
+@pytest.mark.parametrize("source", ["{{ bos_token }}a", "a", "{{ bos_token * 3 }}a"])
 def test_bos_comes_once(source):
+    """J6."""
     tokenizer = tokenizer_of()
     ids = encode_chat(ChatTemplate(source, bos="<s>"), tokenizer, USER)
     assert ids == [1, *tokenizer.encode("a")]
     assert encode_chat(ChatTemplate("a"), tokenizer_of(add_bos=False), USER) == ids[1:]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "{# a #}",
+        " \n\n",
+        "{{ bos_token }}\n",
+        "{% for m in messages if m.role == 'tool' %}x{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_nothing_is_an_error(source):
+    """J6: the model would answer to nothing."""
+    with pytest.raises(TemplateError, match=r"writes nothing for these messages.*roles were: user"):
+        encode_chat(ChatTemplate(source, bos="<s>"), tokenizer_of(), USER)
+
+
+def test_a_damaged_template_keeps_no_model_from_continuing_text(tmp_path):
+    """J4: only a chat needs it, and another can be named."""
+    path = write_tiny(tmp_path / "x.gguf", metadata={"tokenizer.chat_template": "{% if %}"})
+    with edgellama.load(path, runtime="reference") as model:
+        assert [chunk.finish_reason for chunk in model.generate("a", max_tokens=1)] == ["length"]
+        with pytest.raises(TemplateError, match=r"x\.gguf: chat template: line 1"):
+            model.chat(USER)
+        chunks = model.chat(USER, template="{{ messages[0].content }}", max_tokens=1)
+        assert [chunk.finish_reason for chunk in chunks] == ["length"]
 
 
 def test_an_unknown_token_typed_by_a_user_stays_text() -> None:

@@ -167,6 +167,7 @@ def test_errors_are_one_line(
     ],
 )
 def test_bad_usage(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A9 and A11."""
     assert run(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and "Traceback" not in err
@@ -325,6 +326,7 @@ def test_help_repeats_the_librarys_defaults(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_control_characters_are_not_shown() -> None:
+    """A13 of the catalogue of bad inputs."""
     osc52 = "\x1b]52;c;aGk=\x07"
     assert safe(f"a{osc52}b\x9b2Jc\u202egnp.exe\r\n\tz\x7f") == "a]52;c;aGk=b2Jcgnp.exe\n\tz"
     assert safe("naïve 日本語 😀 e\u0301 \u200d") == "naïve 日本語 😀 e\u0301 \u200d"
@@ -335,6 +337,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def test_reader_that_goes_away_is_no_error(chat_model: Path) -> None:
+    """A12."""
     with subprocess.Popen(
         command("run", str(chat_model), "hi", "--raw", "-n", "4000", "--quiet", *GREEDY),
         stdout=subprocess.PIPE,
@@ -365,6 +368,7 @@ def test_full_disk_under_stdout(chat_model: Path, arguments: list[str]) -> None:
 
 
 def test_no_input(chat_model: Path) -> None:
+    """A12."""
     done = subprocess.run(
         command("run", str(chat_model), "-n", "4", *GREEDY),
         stdin=subprocess.DEVNULL,
@@ -377,6 +381,7 @@ def test_no_input(chat_model: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that can close descriptors")
 def test_closed_streams(chat_model: Path) -> None:
+    """A12."""
     words = " ".join(command("info", str(chat_model)))
     done = subprocess.run(["sh", "-c", f"{words} <&- >&-"], capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")

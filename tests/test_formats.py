@@ -180,6 +180,7 @@ def test_tags_that_are_plain_text_are_refused(name: str) -> None:
     ],
 )
 def test_the_order_of_roles_is_named(name: str, roles: str, problem: str) -> None:
+    """J7 of the catalogue of bad inputs."""
     talk = [{"role": role, "content": "x"} for role in roles.split()]
     with pytest.raises(ParameterError) as caught:
         format_named(name).encode(KINDS[CONTROL], talk)

@@ -139,6 +139,7 @@ def test_max_tokens(count):
 
 
 def test_no_tokens_wanted_reads_the_prompt_only():
+    """A4: 0 is no tokens, not any number."""
     session = says("hey", EOS)
     (chunk,) = reply(session, max_tokens=0)
     assert (chunk.text, chunk.token, chunk.logprob) == ("", None, None)
@@ -224,6 +225,8 @@ def test_the_consumer_may_leave_at_any_token():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_seed_repeats_its_reply_and_is_reported(seed):
+    """A5."""
+
     def run(sampling):
         session = Bigram(seeded_table())
         chunks = reply(session, sampling=sampling, context=40)
@@ -283,6 +286,7 @@ def test_damaged_logits_are_an_error_at_a_known_position():
     ],
 )
 def test_arguments_are_checked_before_any_work(options, message):
+    """A4, A6 and A7 of the catalogue of bad inputs."""
     session = says("abc")
     with pytest.raises(ParameterError, match=message):
         reply(session, **options)
@@ -315,6 +319,7 @@ def test_the_stop_matcher_equals_a_naive_search(pieces, stops):
 
 
 def test_the_largest_stop_list_is_linear_in_time():
+    """A6."""
     stops = checked_stops(["a" * 4095 + chr(0x100 + i) for i in range(64)])
     matcher = StopMatcher(stops)
     assert matcher.push("a" * 5000) == ("a" * 905, False)

@@ -119,3 +119,36 @@ def test_texts_are_taken_whole(asked: Any) -> None:
     wanted = asked("the cat", "--dry-breaker", "the", **the)
     assert wanted["text"] == " the" * 6  # what is a breaker may be repeated
     assert asked("the cat", DRY_BREAKER="the", **the) == wanted != asked("the cat", **the)
+
+
+# --- wrong choices -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "--runtime", "llamacpp"), "runtime = 'llamacpp'; allowed: auto, cpu, onnx"),
+        (("run", "--runtime", "llamacpp"), "Did you mean llama.cpp?"),
+        (("run", "--device", "gpu"), "device = 'gpu'; allowed: auto, cpu, cuda\n"),
+        (("chat", "--runtime", "x" * 1000), "runtime = 'xxx"),
+        (("estimate", "--kv-type", "q80"), "Did you mean q8_0?"),
+        (("diff", "--a", "gpu"), "a = 'gpu'; allowed: cpu, onnx, reference"),
+        (("perplexity", "--text", "nowhere.txt", "--base-runtime", "Cpu"), "Did you mean cpu?"),
+        (("quantize", "out.gguf", "--type", "Q4_KM"), "Did you mean Q4_K_M?"),
+    ],
+)
+def test_a_misspelt_name_is_told_before_a_model_is_looked_for(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A11: what can be chosen, and which of them was meant."""
+    assert run([arguments[0], "nowhere.gguf", *arguments[1:]]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1 and len(err) < 1000
+
+
+def test_a_wrong_twin_is_told_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELLAMA_RUNTIME", "onx")
+    assert run(["run", "nowhere.gguf", "hi"]) == 2
+    assert "Did you mean onnx?" in capsys.readouterr().err

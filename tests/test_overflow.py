@@ -224,6 +224,7 @@ def test_a_format_of_turns_still_fits(model: Model) -> None:
 
 
 def test_a_full_context_ends_the_reply(model: Model) -> None:
+    """A3 of the catalogue of bad inputs."""
     messages = [{"role": "user", "content": "the " * 20}]
     forever = edgellama.Sampling(logit_bias={2: -float("inf")})
     last = list(model.chat(messages, forever, overflow="shift"))[-1]

@@ -287,6 +287,7 @@ def test_logit_bias_is_added(bias, seed):
     }.items(),
 )
 def test_values_out_of_range_are_refused_by_name(name, values):
+    """A4, A5 and A7 of the catalogue of bad inputs."""
     for value in values:
         with pytest.raises(ParameterError) as caught:
             Sampling(**{name: value})

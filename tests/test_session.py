@@ -308,7 +308,7 @@ def test_a_session_of_another_model_is_refused(model: Model, path: Path) -> None
 
 
 def test_prompts_up_to_the_context(model: Model) -> None:
-    """One token fewer leaves room for a token; as many leave none; one more is refused."""
+    """A2: one token fewer leaves room for a token; as many leave none; one more is refused."""
     for size, reply in ((CONTEXT - 1, 1), (CONTEXT, 0)):
         chunks = list(model.generate(([1, 5] * CONTEXT)[:size]))
         assert len([c for c in chunks if c.token is not None]) == reply
@@ -319,6 +319,7 @@ def test_prompts_up_to_the_context(model: Model) -> None:
 
 
 def test_an_empty_prompt_is_bos_or_refused(model: Model, tmp_path: Path) -> None:
+    """A1 of the catalogue of bad inputs."""
     last = list(model.generate("", max_tokens=1))[-1]
     assert last.usage is not None and last.usage.prompt_tokens == 1
     with pytest.raises(ParameterError, match="at least one token"):

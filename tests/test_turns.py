@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_config, write_tiny
@@ -133,6 +134,24 @@ def test_arguments_of_the_wrong_kind_are_named(model: Model) -> None:
     for path in (None, 3, b"x"):
         with pytest.raises(ParameterError, match="path"):
             edgellama.load(path)  # type: ignore[arg-type]
+    for name, value in (
+        ("deterministic", 1),
+        ("deterministic", None),
+        ("cancel", True),
+        ("progress", "yes"),
+    ):
+        with pytest.raises(ParameterError, match=name):
+            edgellama.load("nowhere.gguf", **{name: value})  # type: ignore[arg-type]
+    hi: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+    for name in ("cancel", "session"):
+        wrong: Any = {name: "mine"}
+        for reply in (
+            lambda wrong=wrong: model.generate("hi", **wrong),
+            lambda wrong=wrong: model.chat(hi, template="alpaca", **wrong),
+            lambda wrong=wrong: model.infill_chunks("a", "b", **wrong),
+        ):
+            with pytest.raises(ParameterError, match=name):
+                reply()
 
 
 def test_turns_are_handed_on_in_order() -> None:
