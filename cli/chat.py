@@ -16,7 +16,7 @@ from edgellama.cli.reply import Reply, Running, Wording, load_model
 from edgellama.cli.run import checked_prompt, stdin_text
 from edgellama.cli.settings import Settings
 from edgellama.cli.templates import asked_template
-from edgellama.cli.terminal import Terminal
+from edgellama.cli.terminal import Terminal, Terminated
 from edgellama.errors import EdgeLlamaError
 from edgellama.paths import DEFAULT_MODEL, model_file
 
@@ -79,7 +79,9 @@ class Chat:
             self.send(text[1:] if text.startswith("//") else text)
         except EdgeLlamaError as error:
             self.terminal.tell(str(error))
-        except KeyboardInterrupt:  # a command that takes long was stopped
+        except Terminated:
+            raise
+        except KeyboardInterrupt:  # a command that takes long, or a reply that was slow to end
             self.terminal.tell("Stopped.")
         return True
 

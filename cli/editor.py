@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from edgellama.cli.terminal import Terminated
 from edgellama.errors import EdgeLlamaError, ParameterError
 
 LARGEST = 4 << 20  # bytes
@@ -56,6 +57,8 @@ def _run(command: list[str]) -> None:
         status = subprocess.run(command, stdout=screen).returncode
     except FileNotFoundError as error:
         raise EdgeLlamaError(f"the editor {command[0]!a} was not found", hint=HINT) from error
+    except Terminated:
+        raise
     except KeyboardInterrupt as error:
         raise EdgeLlamaError("the editor was interrupted") from error
     if status != 0:

@@ -19,7 +19,14 @@ import edgellama
 from edgellama.cli import options, upkeep
 from edgellama.cli.background import still_working
 from edgellama.cli.sampling import with_sampling
-from edgellama.cli.terminal import ReaderGone, Terminal, abandon_stdout, complain, prepare_streams
+from edgellama.cli.terminal import (
+    ReaderGone,
+    Terminal,
+    Terminated,
+    abandon_stdout,
+    complain,
+    prepare_streams,
+)
 from edgellama.errors import Cancelled, EdgeLlamaError, ParameterError
 from edgellama.paths import DEFAULT_MODEL
 
@@ -333,7 +340,7 @@ def _one_line(error: Exception) -> str:
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     """SIGTERM and SIGHUP end the program as Ctrl-C does: temporary files are removed."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def main() -> NoReturn:

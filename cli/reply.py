@@ -155,11 +155,7 @@ def show_reply(
     with the display, to tell of reading the prompt; it may raise Cancelled. Ctrl-C ends the
     reply early, not the program: see `interrupted`.
     """
-    started = time.monotonic()
-    texts: list[str] = []
-    tokens: list[int] = []
-    first: float | None = None
-    last: Chunk | None = None
+    heard = _Heard(terminal)
     with ExitStack() as waiting:
         display = waiting.enter_context(terminal.progress())
         display.update(0, 0, READING)
@@ -173,18 +169,33 @@ def show_reply(
         with Background(work, cancel, idle=display.remind) as running:
             for chunk in running:
                 waiting.close()  # the bar leaves before the first word
-                if chunk.token is not None:
-                    first = time.monotonic() - started if first is None else first
-                    tokens.append(chunk.token)
-                texts.append(chunk.text)
-                if not terminal.json:
-                    terminal.write(chunk.text)
-                last = chunk
+                heard.add(chunk)
     if whole_lines and not terminal.json:
         terminal.end_line()
-    reason = last.finish_reason if last is not None else None
-    usage = last.usage if last is not None else None
-    return Reply("".join(texts), reason, usage, running.interrupted, tuple(tokens), first)
+    return heard.reply(running.interrupted)
+
+
+class _Heard:
+    """A reply as far as it has come; shown at once, but for --json."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal, self._started = terminal, time.monotonic()
+        self._chunks: list[Chunk] = []
+        self._first: float | None = None
+
+    def add(self, chunk: "Chunk") -> None:
+        if self._first is None and chunk.token is not None:
+            self._first = time.monotonic() - self._started
+        self._chunks.append(chunk)
+        if not self._terminal.json:
+            self._terminal.write(chunk.text)
+
+    def reply(self, interrupted: bool) -> Reply:
+        text = "".join(chunk.text for chunk in self._chunks)
+        tokens = tuple(chunk.token for chunk in self._chunks if chunk.token is not None)
+        last = self._chunks[-1] if self._chunks else None
+        reason, usage = (last.finish_reason, last.usage) if last is not None else (None, None)
+        return Reply(text, reason, usage, interrupted, tokens, self._first)
 
 
 def finish(terminal: Terminal, reply: Reply, about: dict[str, Any]) -> None:

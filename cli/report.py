@@ -56,7 +56,10 @@ def _model(model: "Model") -> str:
 def _device(model: "Model") -> str:
     device = model.device
     threads = f", {plural(device['threads'], 'thread')}" if device.get("threads") else ""
-    reason = f" ({device['reason']})" if device.get("reason") else ""
+    reasons = [str(device["reason"])] if device.get("reason") else []
+    if device.get("runtime") in ("cpu", "reference"):
+        reasons.append("a GPU is used by --runtime onnx")
+    reason = f" ({'; '.join(reasons)})" if reasons else ""
     return f"{device.get('device')}, {device.get('runtime')} runtime{threads}{reason}"
 
 

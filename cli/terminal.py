@@ -203,6 +203,10 @@ def _print(stream: TextIO, text: str) -> None:
         raise OutputError(f"stdout cannot be written: {error.strerror or error}") from error
 
 
+class Terminated(KeyboardInterrupt):
+    """The system wants the program to end; unlike Ctrl-C, this is not about the work at hand."""
+
+
 class ReaderGone(Exception):
     """Whoever read our output has had enough (`| head -1`); nothing is wrong."""
 
