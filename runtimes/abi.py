@@ -32,7 +32,7 @@ SCRATCH = 11  # address of the threads' private memory
 SCRATCH_BYTES = 12  # of one thread
 THREADS = 13
 PARALLEL = 15  # splits that are units of their own: 1, or SPLITS where there is one token
-ATTENTION_UNITS = 16  # N_TOKENS * PARALLEL
+ATTENTION_UNITS = 16  # N_TOKENS / ATTENTION_TOKENS, rounded up, * PARALLEL
 CLOSING = 17  # address of the session's, set when it is to be closed, or 0
 EPOCH = 14  # number of this call: guards against a thread that is late from an earlier one
 
@@ -59,6 +59,9 @@ BF16_RECORD = 64
 KV_F32, KV_F16, KV_Q8_0 = 0, 1, 2  # how keys and values are kept
 ATTENTION_BLOCK = 64  # cache positions that lie together, and that a softmax step takes at once
 ATTENTION_SPLIT = 1024  # cache positions summed by themselves
+ATTENTION_TOKENS = 4  # that share one reading of keys and values
+QUERIES = 4  # that attention takes at once
+ROW_BYTES = 4 * WORD  # of what attention notes of a query
 TILE = 32  # tokens that share one reading of 16 weight rows
 PANEL = 2048  # bytes of 32 columns of 32 weight rows as bfloat16: two tiles
 
@@ -71,7 +74,7 @@ def key_bytes(kind: int, head_dim: int) -> int:
 
 
 def value_bytes(kind: int, head_dim: int) -> int:
-    """Of one position of one head's values; for Q8_0 an f16 scale, then 32 codes, and so on."""
+    """Of one position of one head's values, for Q8_0 with an f16 a 32 columns."""
     if kind == KV_Q8_0:
         return (head_dim + BLOCK - 1) // BLOCK * (BLOCK + 2)
     return (head_dim + LANES - 1) // LANES * LANES * (4 - 2 * kind)

@@ -153,7 +153,7 @@ class CpuSession:
         self.model = model
         self.position, self.closing = 0, CancelToken()
         self.cache = aligned(model.cache.total_bytes)
-        self.cache_kind = f"cpu {model.options.kv_type}"
+        self.cache_kind = f"cpu {model.cache.name}"
         tiles = len(model.programs) > 1  # they round differently
         self.cache_origin = model.level.name + (", tiles" if tiles else "")
 
@@ -200,7 +200,7 @@ class CpuSession:
         splits = -(-(self.position + len(ids)) // abi.ATTENTION_SPLIT)
         parallel = splits if len(ids) == 1 else 1
         state[abi.SPLITS], state[abi.PARALLEL] = splits, parallel
-        state[abi.ATTENTION_UNITS] = len(ids) * parallel
+        state[abi.ATTENTION_UNITS] = -(-len(ids) // abi.ATTENTION_TOKENS) * parallel
         state[abi.ANGLES] = model.angles.table.ctypes.data
         state[abi.CANCEL] = cancel.address if cancel else 0
         state[abi.CLOSING] = self.closing.address

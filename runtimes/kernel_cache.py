@@ -41,10 +41,12 @@ _NAME = re.compile(r"edgellama_.+-([0-9a-f]{16})\.o")  # see `_named`
 OTHERS = 7  # fingerprints that stay in the cache beside the own: 1 to 3 MB each
 _SOURCES = [  # what the machine code follows from
     "abi",
+    "attention_block",
     "compiler",
     "kernel_team",
     "kernels",
     "kernels_attention",
+    "kernels_cache",
     "kernels_linear",
     "kernels_tiles",
     "level_sources",
@@ -147,6 +149,7 @@ def _compile(name: str, level: Level) -> bytes:
         kernel_team,
         kernels,
         kernels_attention,
+        kernels_cache,
         kernels_linear,
         kernels_tiles,
     )
@@ -160,7 +163,7 @@ def _compile(name: str, level: Level) -> bytes:
             "plain_tiles": partial(kernels_tiles.tiles, unit="plain_tiles"),
         }
         return object_code(symbol(name), makers[kind](type_name), level)
-    homes = (kernels, kernels_attention, kernel_team)
+    homes = (kernels, kernels_cache, kernels_attention, kernel_team)
     home = next(home for home in homes if hasattr(home, kind))
     return object_code(symbol(name), getattr(home, kind), level)
 

@@ -59,6 +59,11 @@ def store_f32(b: Any, address: Any, value: Any) -> None:
     write(b, address, value, 4)
 
 
+@operation(void(i64, i64))
+def store_i64(b: Any, address: Any, value: Any) -> None:
+    write(b, address, value, 8)
+
+
 @operation(void(i64, i32))
 def store_i32(b: Any, address: Any, value: Any) -> None:
     write(b, address, value, 4)

@@ -45,13 +45,22 @@ class Packing:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """How keys and values lie in a session's cache; see `kernels_attention.py`."""
+    """How keys and values lie in a session's cache; see `kernels_cache.py`."""
 
     n_layers: int
     n_kv_heads: int
     head_dim: int
     context: int
     kind: int  # abi.KV_F32, KV_F16 or KV_Q8_0
+
+    @property
+    def name(self) -> str:
+        """For saved sessions: to be changed when keys or values come to lie otherwise."""
+        return {
+            abi.KV_F32: "f32",
+            abi.KV_F16: "f16",
+            abi.KV_Q8_0: "q8_0, 64 scales together",
+        }[self.kind]
 
     @property
     def layer_bytes(self) -> int:
@@ -74,8 +83,13 @@ class CacheShape:
         middle = self.n_kv_heads * size // lanes * abi.key_bytes(self.kind, self.head_dim)
         end = middle + self.n_kv_heads * size * abi.value_bytes(self.kind, self.head_dim)
         layers = block.reshape(self.n_layers, self.layer_bytes)
-        values = layers[:, middle:end].reshape(self.n_layers, self.n_kv_heads, size, -1)
-        values[:, :, used:] = 0
+        values = layers[:, middle:end].reshape(self.n_layers, self.n_kv_heads, -1)
+        if self.kind == abi.KV_Q8_0:
+            records = values.reshape(self.n_layers, self.n_kv_heads, -1, (abi.BLOCK + 2) * size)
+            records[..., used * abi.BLOCK : size * abi.BLOCK] = 0
+            records[..., size * abi.BLOCK + used * 2 :] = 0
+        else:
+            values.reshape(self.n_layers, self.n_kv_heads, size, -1)[:, :, used:] = 0
         groups = (self.n_layers, self.n_kv_heads, size // lanes)
         keys = layers[:, :middle].reshape(*groups, -1)
         if self.kind == abi.KV_Q8_0:
@@ -102,5 +116,12 @@ def aligned(n_bytes: int) -> NDArray[np.uint8]:
 
 
 def part_bytes(head_dim: int) -> int:
-    """Of what attention sums up for one query; see `kernels_attention.attend_block`."""
+    """Of what attention sums up for one query; see `attention_block.soften`."""
     return padded(head_dim, abi.LANES) * 4 + 128
+
+
+def attention_bytes(group: int, head_dim: int) -> int:
+    """Of a thread's memory for attention, with `group` heads to a key head."""
+    weights = 2 * abi.QUERIES * abi.ATTENTION_BLOCK * 4
+    rows = abi.ATTENTION_TOKENS * group
+    return weights + rows * (abi.ROW_BYTES + head_dim * 4 + part_bytes(head_dim))

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from edgellama.graph import Graph, Node
 from edgellama.runtimes import abi
-from edgellama.runtimes.places import CacheShape, Matrix, Packing, aligned, part_bytes
+from edgellama.runtimes.places import (
+    CacheShape,
+    Matrix,
+    Packing,
+    aligned,
+    attention_bytes,
+    part_bytes,
+)
 from edgellama.runtimes.repack import LAYOUTS, column_blocks, padded
 
 
@@ -62,10 +69,9 @@ def scratch_bytes(graph: Graph, batch: Batch) -> int:
     """Private memory that a thread's kernels need."""
     config = graph.config
     group = config.n_heads // config.n_kv_heads
-    queries = group * (config.head_dim * 4 + part_bytes(config.head_dim))
     panel = padded(max(config.dim, config.q_dim, config.ffn_dim), 256) // abi.BLOCK * abi.PANEL
     tiles = abi.TILE * abi.TILE * 4 + panel if batch.tiles else 0
-    return padded(max(abi.ATTENTION_BLOCK * 4 + queries, abi.TILE * 64, tiles), 128)
+    return padded(max(attention_bytes(group, config.head_dim), abi.TILE * 64, tiles), 128)
 
 
 def products(graph: Graph) -> list[tuple[Node, ...]]:

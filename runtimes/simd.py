@@ -134,6 +134,20 @@ def maximum(b: Any, x: Any, y: Any) -> Any:
     return _maximum(b, x, y)
 
 
+@operation(f32x16(f32x16, f32))
+def at_least(b: Any, x: Any, least: Any) -> Any:
+    """The larger of the two; NaN stays."""
+    bound = splat(b, least)
+    return b.select(b.fcmp_ordered("<", x, bound), bound, x)
+
+
+@operation(i64(f32x16, f32))
+def any_above(b: Any, x: Any, bound: Any) -> Any:
+    """1 if a lane is larger, or NaN; else 0."""
+    found = b.bitcast(b.fcmp_unordered(">", x, splat(b, bound)), ir.IntType(16))
+    return b.zext(b.icmp_unsigned("!=", found, ir.Constant(ir.IntType(16), 0)), ir.IntType(64))
+
+
 @operation(f32x16(f32x16))
 def absolute(b: Any, x: Any) -> Any:
     bits = b.bitcast(x, i32x16.llvm)
@@ -165,6 +179,13 @@ def round_i32(b: Any, x: Any) -> Any:
 def power_of_two(b: Any, n: Any) -> Any:
     """2.0 ** n for n in -126..127, by writing the exponent bits."""
     biased = b.add(n, ir.Constant(i32x16.llvm, [127] * 16))
+    return b.bitcast(b.shl(biased, ir.Constant(i32x16.llvm, [23] * 16)), f32x16.llvm)
+
+
+@operation(f32x16(f32x16))
+def power_of_shifted(b: Any, x: Any) -> Any:
+    """2.0 ** n for n in -127..127, given n + 1.5 * 2 ** 23; of -127: 0."""
+    biased = b.add(b.bitcast(x, i32x16.llvm), ir.Constant(i32x16.llvm, [127] * 16))
     return b.bitcast(b.shl(biased, ir.Constant(i32x16.llvm, [23] * 16)), f32x16.llvm)
 
 

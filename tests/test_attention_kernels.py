@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from checked import HERE, Arena, Array, arena, run
+from checked import HERE, Arena, Array, arena, compiled, run
 
-from edgellama.runtimes import abi
-from edgellama.runtimes.places import part_bytes
+from edgellama.runtimes import abi, attention_block, memory
+from edgellama.runtimes.places import attention_bytes, part_bytes
 from edgellama.runtimes.repack import padded
 
 
@@ -84,12 +84,12 @@ class Heads:
         splits = -(-(start + n) // abi.ATTENTION_SPLIT)
         parallel_splits = splits if parallel else 1
         parts = self.memory.new(n * self.heads * parallel_splits * size)
-        needed = abi.ATTENTION_BLOCK * 4 + group * (self.head_dim * 4 + size)
+        needed = attention_bytes(group, self.head_dim)
         state = self.state(start, self.memory.new((2, padded(needed, 64))))
-        state |= {abi.SPLITS: splits, abi.PARALLEL: parallel_splits}
+        state |= {abi.SPLITS: splits, abi.PARALLEL: parallel_splits, abi.N_TOKENS: n}
         numbers = (self.kv_heads, group, self.head_dim, *self.where())
         arguments = (source, stride, parts, size, *numbers, self.head_dim**-0.5, window)
-        units = n * self.kv_heads * parallel_splits
+        units = -(-n // abi.ATTENTION_TOKENS) * self.kv_heads * parallel_splits
         run(self.memory, level, "attention", arguments, units, state, cuts=[units // 2])
         arguments = (parts, size, out, stride, self.heads, self.head_dim)
         run(self.memory, level, "merge", arguments, n * self.heads, state, cuts=[1])
@@ -158,7 +158,7 @@ def test_rope_at_late_positions(level: str, position: int) -> None:
 @pytest.mark.parametrize("window", [0, 1, 8, 70])
 def test_attention(level: str, dtype: type, head_dim: int, window: int) -> None:
     """Beyond what was stored the cache holds NaN, which must not come through."""
-    shapes = [(2, 2), (4, 1)] if window == 0 else [(4, 2)]
+    shapes = [(2, 2), (4, 1)] if window == 0 else [(6, 2)]
     for n in (1, 15, 16, 17, 63, 64, 65, 200):
         for n_heads, kv_heads in shapes:
             with arena() as memory:
@@ -170,6 +170,26 @@ def test_attention(level: str, dtype: type, head_dim: int, window: int) -> None:
                 assert np.all(np.abs(y - expected) <= 2e-6 * size)
                 alone = heads.attend(level, q[-1:], n - 1, window)
                 assert np.array_equal(bits(alone[0]), bits(y[-1]))
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8])
+def test_queries_come_to_the_same_bits_in_any_company(level: str, dtype: type, group: int) -> None:
+    """One to seven tokens at once, whose heads go four by four, against each by itself."""
+    n = 67
+    with arena() as memory:
+        heads = Heads(memory, n, 2 * group, 2, 48, dtype)
+        q = heads.store(level, 0, n)
+        expected, size = heads.attention(q, 0)
+        for first, window in ((60, 0), (0, 0), (61, 5)):
+            alone = [heads.attend(level, q[i : i + 1], i, window)[0] for i in range(first, n)]
+            assert window or np.all(
+                np.abs(np.array(alone) - expected[first:]) <= 2e-6 * size[first:]
+            )
+            for count in range(2, 8):
+                together = heads.attend(level, q[first : first + count], first, window)
+                assert np.array_equal(bits(together), bits(np.array(alone[: len(together)])))
 
 
 @pytest.mark.parametrize("level", HERE)
@@ -196,11 +216,38 @@ def test_attention_to_scores_of_any_size(level: str) -> None:
     with arena() as memory:
         heads = Heads(memory, 130, 2, 1, 32, np.float32)
         q = heads.store(level, 0, 130)
+        ones = np.full_like(q[-2:], np.sqrt(32))
         for factor in (0.0, 1e-30, 1e4, 1e30):
             large = q[-2:] * np.float32(factor)
             y = heads.attend(level, large, 128)
             expected, size = heads.attention(large, 128)
             assert np.all(np.abs(y - expected) <= 2e-6 * size)
+        for rise in (0.1, 3, 9, 50):  # every block's scores a little or much above the one before
+            heads.keys[..., :, :] = 0
+            steps = np.arange(3, dtype=np.float32)[:, None, None] * np.float32(rise)
+            heads.keys[:, 0, :, 0] = np.minimum(steps, 100)
+            y = heads.attend(level, ones, 128)
+            expected, size = heads.attention(ones, 128)
+            assert np.all(np.abs(y - expected) <= 2e-6 * size)
+
+
+def _exp2(x: int, y: int, n: int) -> None:
+    for i in range(0, n, 16):
+        memory.store_f32x16(y + i * 4, attention_block.exp2(memory.load_f32x16(x + i * 4)))
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_powers_of_two(level: str) -> None:
+    edges = np.array([0, -0.0, 8, -0.5, -125.4, -127, -1e38, -np.inf, np.nan], np.float32)
+    x = np.concatenate([np.linspace(-126, 8, 8183), edges]).astype(np.float32)
+    assert len(x) % 16 == 0
+    with arena() as room:
+        source, out = room.copy(x), room.new(len(x), np.float32)
+        compiled(level, "_exp2", _exp2)(source.ctypes.data, out.ctypes.data, len(x))
+        expected = np.exp2(x.astype(np.float64))
+        normal = x >= -126
+        assert np.all(np.abs(out - expected)[normal] <= 2.4e-7 * expected[normal])
+        assert np.all(out[-4:-1] == 0.0) and np.isnan(out[-1])
 
 
 @pytest.mark.parametrize("level", HERE)

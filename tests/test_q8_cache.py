@@ -34,9 +34,9 @@ def attend(memory: Arena, level: str, q: Array, k: Array, v: Array) -> Array:
     wide = memory.copy(np.concatenate([np.broadcast_to(q, k.shape), k, v], axis=1))
     angles = memory.new((n, head_dim // 2, 2), np.float32)
     angles[..., 0], angles[..., 1] = 1, 0
-    scratch = memory.new((2, 8192))
+    scratch = memory.new((2, 16384))
     state: dict[int, int | Array] = {abi.CACHE: cache, abi.ANGLES: angles, abi.START: 0}
-    state |= {abi.SCRATCH: scratch, abi.SCRATCH_BYTES: 8192}
+    state |= {abi.SCRATCH: scratch, abi.SCRATCH_BYTES: 16384, abi.N_TOKENS: 1}
     at, step = int(wide.ctypes.data), head_dim * 4
     where = (KIND, 0, block)
     arguments = (at, at + step, at + 2 * step, 3 * step, 1, 1, head_dim, head_dim // 2, *where)

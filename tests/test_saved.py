@@ -178,7 +178,7 @@ def test_a_name_or_a_template_makes_no_other_model(plain: Model, tmp_path: Path)
 @pytest.mark.parametrize(
     ("way", "field", "match"),
     [
-        ({"kv_type": "q8_0"}, "kv_type", "'cpu f16', here it is 'cpu q8_0'.*kv_type"),
+        ({"kv_type": "q8_0"}, "kv_type", "'cpu f16', here it is 'cpu q8_0, .*kv_type"),
         ({"runtime": "reference"}, "runtime", "'cpu f16', here it is 'reference float32'"),
     ],
 )
