@@ -1,0 +1,155 @@
+"""A chat window made of Tk, the standard library and edgellama: copy it and make it yours.
+
+    python examples/chat_window.py [MODEL]
+
+The model is in the thread of `talk.py`; its events come through a queue that the window empties
+every 20 ms, so that nothing the model does can freeze it.
+"""
+
+import signal
+import sys
+import tkinter as tk
+from tkinter import ttk
+from typing import Any
+
+from talk import Talk
+
+import edgellama
+
+POLICIES = {"When too long: forget the oldest": "shift", "When too long: say so": "error"}
+ROLES = {  # of the transcript: text colour, background
+    "you": ("#174a7e", "#e8f1fb"),
+    "model": ("#202124", "#ffffff"),
+    "note": ("#80868b", "#ffffff"),
+    "error": ("#b3261e", "#fdecea"),
+}
+ENDS = {"cancelled": "(stopped)\n", "context": "(the context is full)\n"}
+GREY, BLUE, FONT = "#f3f4f6", "#174a7e", ("TkTextFont", 11)
+
+
+class Window(tk.Tk):
+    """The transcript, and below it what is being written."""
+
+    def __init__(self, talk: Talk) -> None:
+        super().__init__()
+        self.talk, self.context = talk, 0
+        self.title("edgellama")
+        self.geometry("760x600")
+        if self.tk.call("tk", "windowingsystem") == "x11":
+            ttk.Style().theme_use("clam")
+            ttk.Style().configure(".", background=GREY)
+            ttk.Style().configure("TProgressbar", background=BLUE)
+        self._build_bars()
+        self._build_transcript()
+        self._now("Loading…")
+        self._poll()
+
+    def _build_bars(self) -> None:
+        top, bottom = ttk.Frame(self, padding=(18, 10)), ttk.Frame(self, padding=(18, 12))
+        top.pack(side="top", fill="x")
+        bottom.pack(side="bottom", fill="x")
+        self.name = ttk.Label(top, font=("TkDefaultFont", 11, "bold"))
+        self.clear = ttk.Button(top, text="Clear", command=self.talk.clear)
+        self.policy = ttk.Combobox(top, values=list(POLICIES), state="readonly", width=30)
+        self.policy.current(0)
+        self.name.pack(side="left")
+        self.clear.pack(side="right")
+        self.policy.pack(side="right", padx=10)
+        self.entry = tk.Text(bottom, height=3, wrap="word", font=FONT, padx=8, pady=6)
+        self.entry.bind("<Return>", self._send)
+        self.entry.bind("<Shift-Return>", lambda _: None)  # writes a line break
+        self.entry.focus_set()
+        self.send = ttk.Button(bottom, text="Send", command=self._send)
+        self.cancel = ttk.Button(bottom, text="Cancel", command=self.talk.cancel)
+        self.status = ttk.Label(bottom, foreground="#5f6368")
+        self.bar = ttk.Progressbar(bottom, length=100)
+        self.entry.grid(row=0, column=0, rowspan=2, sticky="nsew", padx=(0, 10))
+        self.send.grid(row=0, column=1, sticky="nsew", pady=(0, 6))
+        self.cancel.grid(row=1, column=1, sticky="nsew")
+        self.status.grid(row=2, column=0, sticky="w", pady=(10, 0))
+        self.bar.grid(row=2, column=1, sticky="ew", pady=(10, 0))
+        bottom.columnconfigure(0, weight=1)
+
+    def _build_transcript(self) -> None:
+        scroll = ttk.Scrollbar(self)
+        scroll.pack(side="right", fill="y")
+        self.text = tk.Text(self, wrap="word", font=FONT, background="white", state="disabled")
+        self.text.configure(yscrollcommand=scroll.set, relief="flat", padx=0)
+        self.text.pack(fill="both", expand=True)
+        scroll.configure(command=self.text.yview)
+        for role, (colour, back) in ROLES.items():
+            self.text.tag_configure(role, foreground=colour, background=back, lmargincolor=back)
+            self.text.tag_configure(role, lmargin1=18, lmargin2=18, rmargin=18, rmargincolor=back)
+            self.text.tag_configure(role, spacing1=5, spacing2=3, spacing3=5)
+
+    def _write(self, text: str, role: str, start: str = "end") -> None:
+        """From `start` on, the transcript is this; whoever has scrolled up is left there."""
+        following = self.text.yview()[1] > 0.999
+        self.text.configure(state="normal")
+        self.text.replace(start, "end", text, role)
+        self.text.configure(state="disabled")
+        if following:
+            self.text.see("end")
+
+    def _now(self, status: str, *, send: bool = False, cancel: bool = False) -> None:
+        """What is going on, in words, and what can be pressed meanwhile."""
+        self.status.configure(text=status)
+        self.send.state(["!disabled" if send else "disabled"])
+        self.cancel.state(["!disabled" if cancel else "disabled"])
+        self.bar.configure(mode="indeterminate" if cancel else "determinate")
+        self.bar.start(20) if cancel else self.bar.stop()
+
+    def _send(self, _: Any = None) -> str:
+        question = self.entry.get("1.0", "end").strip()
+        if question and self.send.instate(["!disabled"]):
+            self.entry.delete("1.0", "end")
+            self._write(question + "\n", "you")
+            self.talk.ask(question, POLICIES[self.policy.get()])
+            self._now("Answering…", cancel=True)
+        return "break"  # the key itself writes nothing
+
+    def _poll(self) -> None:
+        for _ in range(self.talk.events.qsize()):
+            self._show(*self.talk.events.get())
+        self.after(20, self._poll)
+
+    def _show(self, what: str, value: Any) -> None:
+        if what == "loading":
+            self.bar.configure(value=value[0], maximum=value[1])
+            self.status.configure(text=f"{value[2].capitalize()}…")
+        elif what == "ready":
+            self.context = value.context
+            self.name.configure(text=value.path.stem)
+            self._now(f"Ready; {value.context:,} tokens of context", send=True)
+        elif what == "text":
+            self._write(value, "model")
+        elif what == "done":
+            self._done(value)
+        elif what == "cleared":
+            self._write("", "note", start="1.0")
+            self._now("A new conversation", send=True)
+        else:  # "failed", or "broken" for good
+            self._write(value + "\n", "error")
+            self._now("", send=what == "failed")
+
+    def _done(self, last: edgellama.Chunk) -> None:
+        self._write("\n", "model")
+        self._write(ENDS.get(last.finish_reason, ""), "note")
+        if lost := last.usage.dropped_messages:
+            self._write(f"({len(lost)} old messages were left out)\n", "note")
+        n, before = last.usage.completion_tokens, last.usage.prompt_tokens
+        rate = n / max(last.usage.decode_seconds, 1e-9)
+        used = f"{before + n:,} of {self.context:,} tokens in use"
+        self._now(f"{n} tokens, {rate:.0f} a second; {used}", send=True)
+
+
+def show(model: str) -> None:
+    talk = Talk(model)
+    window = Window(talk)
+    signal.signal(signal.SIGINT, lambda *_: window.destroy())  # Ctrl-C in the terminal
+    window.mainloop()
+    talk.close()
+
+
+if __name__ == "__main__":
+    show(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct")
