@@ -68,8 +68,10 @@ class Chat:
     def converse(self) -> None:
         """Until the person leaves. KeyboardInterrupt: by Ctrl-C."""
         self._keyboard = Keyboard(self.terminal, COMMANDS)
-        while (text := self._keyboard.message()) is not None and self.take(text):
-            pass
+        going = True
+        while going:
+            text = self._keyboard.message(empty=self.conversation.can_go_on)
+            going = text is not None and self.take(text)
 
     def take(self, text: str) -> bool:
         """Do what was typed, whatever it is; False ends the chat. What goes wrong is told."""
@@ -78,7 +80,7 @@ class Chat:
                 return obey(self, text.rstrip())
             self.send(text[1:] if text.startswith("//") else text)
         except EdgeLlamaError as error:
-            self.terminal.tell(str(error))
+            self.terminal.tell([(str(error), "fair")])
         except Terminated:
             raise
         except KeyboardInterrupt:  # a command that takes long, or a reply that was slow to end
@@ -90,7 +92,8 @@ class Chat:
         try:
             self.say("\n\n".join([*self.files, message]))
         except EdgeLlamaError as error:
-            self.terminal.tell(f"{error}. The message was not kept; /edit opens it.")
+            told = f"{error}. The message was not kept; /edit opens it."
+            self.terminal.tell([(told, "fair")])
 
     def say(self, message: str) -> None:
         """Have an answer to a message; what goes wrong is raised."""

@@ -56,6 +56,11 @@ class Conversation:
         """Whether the model continues a text, because nothing tells messages apart."""
         return self.model.info.template is None and self.template is None
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is a text to go on with, even without another word."""
+        return self.completing and bool(self.exchanges)
+
     # --- what was said ----------------------------------------------------------------------------
 
     def messages(self, *more: dict[str, str]) -> list[dict[str, str]]:

@@ -38,8 +38,8 @@ class Keyboard:
         drawn = bool(streams) or sys.stderr.isatty()
         self._read: Callable[[], str] = _editor(commands, streams).prompt if drawn else _plain
 
-    def message(self) -> str | None:
-        """The next message that is not empty; None when there are no more (Ctrl-D).
+    def message(self, empty: bool = False) -> str | None:
+        """The next message, an empty one only if that means something; None at Ctrl-D.
 
         The first Ctrl-C at an empty prompt hints at the way out, the second is passed on.
         """
@@ -55,7 +55,7 @@ class Keyboard:
                 warned = True
                 self._terminal.tell("Ctrl-D or /exit leaves; Ctrl-C once more does, too.")
                 continue
-            if text.strip():
+            if text.strip() or empty:
                 return text
 
     @contextlib.contextmanager

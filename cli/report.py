@@ -37,7 +37,8 @@ def first_screen(model: "Model", asked: Asked | None) -> str:
     if (now := resident_bytes()) is not None:
         lines.append(_labelled("memory", f"{megabytes(now)} in use now"))
     if model.info.template is None and asked is None:
-        lines.append("This is a base model: it continues the text that you both write.")
+        lines.append("This is a base model: it continues the text that you both write. Enter alone")
+        lines.append("lets it go on, /clear begins another text.")
     return "\n".join(lines)
 
 

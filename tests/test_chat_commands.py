@@ -15,7 +15,7 @@ from edgellama import Model, Sampling
 from edgellama.cli.chat import Chat
 from edgellama.cli.commands import COMMANDS
 from edgellama.cli.sampling import SAMPLING
-from edgellama.cli.settings import NAMES, Settings, line_about, setting_named, spelled
+from edgellama.cli.settings import NAMES, Settings, line_about, spelled
 
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
@@ -153,7 +153,7 @@ def test_set_shows_and_changes(chat: Chat) -> None:
     everything = told(chat, "/set")
     assert all(f"{name} = " in everything for name in NAMES)
     assert "temperature = 0   (default 0.8)" in everything
-    assert told(chat, "/set top-k") == "top_k = 40\n"
+    assert told(chat, "/set TOP-k") == "top_k = 40\n"
     assert told(chat, "/set top_k 7") == "top_k = 7   (default 40)\n"
     assert chat.conversation.settings.sampling.top_k == 7
     assert told(chat, "/set top_k default") == "top_k = 40\n"
@@ -223,10 +223,6 @@ def test_set_refuses_and_names_what_is_allowed(typed: str, words: str, chat: Cha
     before = chat.conversation.settings
     assert words in told(chat, typed)
     assert chat.conversation.settings is before
-
-
-def test_names_of_settings() -> None:
-    assert setting_named("TOP-P") == "top_p"
 
 
 def test_system(chat: Chat, base: Model) -> None:
@@ -389,6 +385,10 @@ def test_a_base_model_goes_on_with_the_text(base: Model, tmp_path: Path) -> None
     assert contents(chat)[3] == "".join(c.text for c in base.generate(text, greedy, max_tokens=5))
     usage = chat.conversation.replies[-1].usage
     assert usage is not None and usage.reused_tokens > 0
+    assert chat.conversation.can_go_on
+    told(chat, "")
+    assert contents(chat)[4] == "" != contents(chat)[5]
+    told(chat, "/undo")
     assert "A full context ends the text" in told(chat, "/context")
     assert "Of 5 tokens" in told(chat, "/why")
     told(chat, f"/save {tmp_path / 'a.json'}")

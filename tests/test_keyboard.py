@@ -96,6 +96,12 @@ def test_typed_ahead(typed: Type) -> None:
     assert typed("") == "three"
 
 
+def test_nothing_is_a_message_if_it_means_something(pipe: PipeInput) -> None:
+    pipe.send_text("\r \r")
+    keys = keyboard(pipe)
+    assert [keys.message(empty=True), keys.message(empty=True)] == ["", ""]
+
+
 def test_ctrl_d(typed: Type) -> None:
     assert typed(CTRL_D) is None
 
