@@ -162,8 +162,9 @@ class _Reply:
         stream: TextStream,
     ) -> None:
         self.session, self.sampler, self.stops = session, sampler, stops
-        choosing = isinstance(session, ChoosingTextSession) and sampler.takes(session.choices)
-        self.choosing = session if choosing else None
+        self.choosing: ChoosingTextSession | None = None
+        if isinstance(session, ChoosingTextSession) and sampler.takes(session.choices):
+            self.choosing = session
         self.cancel, self.stream, self.ends = cancel, stream, frozenset(tokenizer.eos)
         self.window = sampler.sampling.window
         self.recent: deque[int] = deque(maxlen=self.window)

@@ -60,6 +60,8 @@ class CudaSession(OrtSession):
     """
 
     chunk = CHUNK
+    graph: _Captured
+    step_options: Any
 
     def __init__(self, model: "Ort") -> None:
         self.memory, self.capacity = model.device.memory, np.array(model.options.context, np.int32)
