@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from edgellama.asynchronous import AsyncChunks
 
 
-# What every model.device has, for the runtimes that say nothing of it.
-UNKNOWN: dict[str, Any] = {"providers": [], "isa": None, "reason": None}
+# What every model.device has, also where a runtime says nothing of it.
+DEVICE = ("runtime", "device", "providers", "threads", "isa", "reason")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Model:
         warnings: list[str],
     ) -> None:
         self.config, self.graph, self.tokenizer = graph.config, graph, tokenizer
-        self.device = UNKNOWN | runtime.describe()
+        self.device = dict.fromkeys(DEVICE) | {"providers": []} | runtime.describe()
         self._runtime: Runtime | None = runtime
         self._pid, self._deterministic = os.getpid(), options.deterministic
         self._template = template_from_gguf(file.metadata, file.path)

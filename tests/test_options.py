@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import typer
 from tiny import write_tiny
 
 from edgellama.cli.main import app, run
+from edgellama.quantize import quantize
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 RUN_A_MODEL = ("run", "chat", "bench", "perplexity", "verify", "estimate")
 LISTS = {"--stop", "--dry-breaker", "--infill"}  # their twins are read by edgellama itself
 NO_TWIN = {("perplexity", "--context")}  # a habit of chatting must not change a measure
+DOCUMENTED = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
 FILES = {"fim_pre": 284, "fim_suf": 285, "fim_mid": 286, "eot": 287}  # any four tokens
 
 
@@ -25,8 +28,7 @@ def options_of(command: str) -> dict[str, Any]:
 
 
 def test_commands_are_the_documented_ones() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert all(f"\n## {name}\n" in text for name in COMMANDS)
+    assert all(f"\n## {name}\n" in DOCUMENTED for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -119,6 +121,44 @@ def test_texts_are_taken_whole(asked: Any) -> None:
     wanted = asked("the cat", "--dry-breaker", "the", **the)
     assert wanted["text"] == " the" * 6  # what is a breaker may be repeated
     assert asked("the cat", DRY_BREAKER="the", **the) == wanted != asked("the cat", **the)
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "MODEL", "the cat", "-n", "2", "--runtime", "reference"),
+        ("run", "MODEL", "--file", "TEXT", "-n", "2", "--runtime", "reference"),
+        ("run", "MODEL", "--infill", "TEXT", "TEXT", "-n", "2", "--runtime", "reference"),
+        ("info", "MODEL"),
+        ("estimate", "MODEL", "--context", "64"),
+        ("doctor",),
+        ("warmup", "MODEL"),
+        ("quantize", "MODEL", "OUTPUT", "--type", "Q8_0"),
+        ("verify", "CERTIFIED", "--runtime", "reference"),
+        ("diff", "MODEL", "--a", "reference", "--b", "cpu"),
+        ("perplexity", "MODEL", "--text", "TEXT", "--context", "8", "--runtime", "reference"),
+    ],
+    ids=" ".join,
+)
+def test_documents_have_the_documented_keys(
+    arguments: tuple[str, ...],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {"MODEL": model, "TEXT": tmp_path / "text", "OUTPUT": tmp_path / "out.gguf"}
+    files["TEXT"].write_text("the cat and the ant are in the inn, the cat on the ant\n")
+    if "CERTIFIED" in arguments:
+        files["CERTIFIED"] = quantize(model, tmp_path / "certified.gguf", "Q8_0").output
+    assert run([*(str(files.get(word, word)) for word in arguments), "--json", "--quiet"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    section = DOCUMENTED.split(f"\n## {arguments[0]}\n")[1].split("\n## ")[0]
+    keys = re.findall("`([a-z_]+)`", "JSON: " + section.split("\nJSON: ")[1].split("\n\n")[0])
+    assert set(document) <= set(keys)
+    assert len(keys) >= len(document) > 3
 
 
 # --- wrong choices -------------------------------------------------------------------------------
