@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zoo
 from tiny import tiny_config, write_tiny
 
 import edgellama
@@ -11,6 +12,7 @@ from edgellama.config import Rope
 from edgellama.distance import nmse
 from edgellama.graph import decoder
 from edgellama.quantize import quantize
+from edgellama.quantize.verify import verify
 from edgellama.weights import expected_shapes
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (it comes with the extra `dev`)")
@@ -120,6 +122,24 @@ def test_export_computes_what_the_gguf_of_that_type_does(tmp_path: Path, kind: s
     else:
         assert report.types == {"Q4_0": 15, "F32": 5, "Q8_0": 1}  # a head in 4 bits is no use
         assert nmse(wanted, found) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1", "IQ4_NL"])
+def test_a_checkpoint_becomes_the_same_model_in_both_formats(tmp_path: Path, kind: str) -> None:
+    """Rows in their order for rope, the tokenizer, the certificate: all as in the GGUF file."""
+    folder = zoo.write_folder(tmp_path, next(iter(zoo.styles().values())))
+    reports = [quantize(folder, tmp_path / f"out.{form}", kind) for form in ("gguf", "onnx")]
+    assert all("_K" not in name for name in reports[1].types)
+    tokens = [int(i) for i in np.random.default_rng(1).integers(3, 200, 30)]
+    with edgellama.load(tmp_path / "out.gguf", "reference") as model:
+        wanted, encoded = model.session().forward(tokens, all_logits=True), model.tokenizer
+    with edgellama.load(tmp_path / "out.onnx", accuracy=0) as model:
+        found = model.session().forward(tokens, all_logits=True)
+        assert model.tokenizer.encode("the and a") == encoded.encode("the and a")
+    assert nmse(wanted, found) < 1e-11
+    told = [note for note in reports[1].notes if "of the largest weight" in note]
+    assert [note[:12] for note in told] == (["Q4_1 is kept"] if kind == "Q4_1" else [])
+    assert verify(tmp_path / "out.onnx").problems == ()
 
 
 def test_a_head_of_8_bits_stays(tmp_path: Path) -> None:
