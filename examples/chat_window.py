@@ -9,6 +9,7 @@ every 20 ms, so that nothing the model does can freeze it.
 import signal
 import sys
 import tkinter as tk
+from time import perf_counter
 from tkinter import ttk
 from typing import Any
 
@@ -33,12 +34,15 @@ class Window(tk.Tk):
     def __init__(self, talk: Talk) -> None:
         super().__init__()
         self.talk, self.context = talk, 0
+        self.times: list[float] = []  # when the reply's tokens came
         self.title("edgellama")
         self.geometry("760x600")
         if self.tk.call("tk", "windowingsystem") == "x11":
-            ttk.Style().theme_use("clam")
-            ttk.Style().configure(".", background=GREY)
-            ttk.Style().configure("TProgressbar", background=BLUE)
+            style = ttk.Style()
+            style.theme_use("clam")
+            style.configure(".", background=GREY, troughcolor="#e2e4e8")
+            style.configure("TProgressbar", background=BLUE)
+            style.map("TCombobox", fieldbackground=[("readonly", "white")])
         self._build_bars()
         self._build_transcript()
         self._now("Loading…")
@@ -49,23 +53,24 @@ class Window(tk.Tk):
         top.pack(side="top", fill="x")
         bottom.pack(side="bottom", fill="x")
         self.name = ttk.Label(top, font=("TkDefaultFont", 11, "bold"))
-        self.clear = ttk.Button(top, text="Clear", command=self.talk.clear)
+        self.clear_button = ttk.Button(top, text="Clear", command=self.talk.clear)
         self.policy = ttk.Combobox(top, values=list(POLICIES), state="readonly", width=30)
         self.policy.current(0)
         self.name.pack(side="left")
-        self.clear.pack(side="right")
+        self.clear_button.pack(side="right")
         self.policy.pack(side="right", padx=10)
         self.entry = tk.Text(bottom, height=3, wrap="word", font=FONT, padx=8, pady=6)
+        self.entry.configure(relief="flat", highlightcolor=BLUE, highlightbackground="#c4c7cc")
         self.entry.bind("<Return>", self._send)
         self.entry.bind("<Shift-Return>", lambda _: None)  # writes a line break
         self.entry.focus_set()
-        self.send = ttk.Button(bottom, text="Send", command=self._send)
-        self.cancel = ttk.Button(bottom, text="Cancel", command=self.talk.cancel)
+        self.send_button = ttk.Button(bottom, text="Send", command=self._send)
+        self.cancel_button = ttk.Button(bottom, text="Cancel", command=self.talk.cancel)
         self.status = ttk.Label(bottom, foreground="#5f6368")
         self.bar = ttk.Progressbar(bottom, length=100)
         self.entry.grid(row=0, column=0, rowspan=2, sticky="nsew", padx=(0, 10))
-        self.send.grid(row=0, column=1, sticky="nsew", pady=(0, 6))
-        self.cancel.grid(row=1, column=1, sticky="nsew")
+        self.send_button.grid(row=0, column=1, sticky="nsew", pady=(0, 6))
+        self.cancel_button.grid(row=1, column=1, sticky="nsew")
         self.status.grid(row=2, column=0, sticky="w", pady=(10, 0))
         self.bar.grid(row=2, column=1, sticky="ew", pady=(10, 0))
         bottom.columnconfigure(0, weight=1)
@@ -94,18 +99,19 @@ class Window(tk.Tk):
     def _now(self, status: str, *, send: bool = False, cancel: bool = False) -> None:
         """What is going on, in words, and what can be pressed meanwhile."""
         self.status.configure(text=status)
-        self.send.state(["!disabled" if send else "disabled"])
-        self.cancel.state(["!disabled" if cancel else "disabled"])
+        self.send_button.state(["!disabled" if send else "disabled"])
+        self.cancel_button.state(["!disabled" if cancel else "disabled"])
         self.bar.configure(mode="indeterminate" if cancel else "determinate")
         self.bar.start(20) if cancel else self.bar.stop()
 
     def _send(self, _: Any = None) -> str:
         question = self.entry.get("1.0", "end").strip()
-        if question and self.send.instate(["!disabled"]):
+        if question and self.send_button.instate(["!disabled"]):
             self.entry.delete("1.0", "end")
             self._write(question + "\n", "you")
             self.talk.ask(question, POLICIES[self.policy.get()])
-            self._now("Answering…", cancel=True)
+            self.times.clear()
+            self._now("Reading…", cancel=True)
         return "break"  # the key itself writes nothing
 
     def _poll(self) -> None:
@@ -123,6 +129,9 @@ class Window(tk.Tk):
             self._now(f"Ready; {value.context:,} tokens of context", send=True)
         elif what == "text":
             self._write(value, "model")
+            self.times = [*self.times[-50:], perf_counter()]
+            rate = (len(self.times) - 1) / (self.times[-1] - self.times[0] + 1e-9)
+            self.status.configure(text=f"Answering… {rate:.0f} tokens a second")
         elif what == "done":
             self._done(value)
         elif what == "cleared":
@@ -133,14 +142,15 @@ class Window(tk.Tk):
             self._now("", send=what == "failed")
 
     def _done(self, last: edgellama.Chunk) -> None:
+        usage = last.usage
+        assert usage is not None  # only the last chunk has it
         self._write("\n", "model")
-        self._write(ENDS.get(last.finish_reason, ""), "note")
-        if lost := last.usage.dropped_messages:
+        self._write(ENDS.get(str(last.finish_reason), ""), "note")
+        if lost := usage.dropped_messages:
             self._write(f"({len(lost)} old messages were left out)\n", "note")
-        n, before = last.usage.completion_tokens, last.usage.prompt_tokens
-        rate = n / max(last.usage.decode_seconds, 1e-9)
-        used = f"{before + n:,} of {self.context:,} tokens in use"
-        self._now(f"{n} tokens, {rate:.0f} a second; {used}", send=True)
+        rate = usage.completion_tokens / max(usage.decode_seconds, 1e-9)
+        used = f"{usage.prompt_tokens + usage.completion_tokens:,} of {self.context:,} in use"
+        self._now(f"{usage.completion_tokens} tokens, {rate:.0f} a second; {used}", send=True)
 
 
 def show(model: str) -> None:

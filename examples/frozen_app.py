@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(sys._MEIPASS)  # where PyInstaller has put what was added
+HERE = Path(__file__).parent  # in a frozen app, where PyInstaller has put what was added
 (MODEL,) = (HERE / "model").iterdir()
 os.environ["EDGELLAMA_KERNELS"] = str(HERE / "kernels")  # before the first model is loaded
 

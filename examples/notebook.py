@@ -52,15 +52,16 @@ for token in np.argsort(-logprobs)[:5]:
 text = topics["naming"]
 ids = model.tokenizer.encode(text)[:256]
 of_model = log_probabilities(model.session().forward(ids, all_logits=True))  # (256, vocab_size)
+figures = measure(model, text, context=256, chunks=2).figures
 print(f"type  MB     perplexity  distance from {model.info.path.stem}")
+print(f"base  {model.info.file_bytes / 1e6:5.1f}  {figures.perplexity.value:10.3f}")
 for kind in ("Q8_0", "Q4_0"):
     report = quantize(model.info.path, folder / f"{kind}.gguf", kind, certificate="none")
     with edgellama.load(report.output, context=2048) as other:
-        figures = measure(other, text, base=model, context=256, chunks=2).figures
+        figures = measure(other, text, context=256, chunks=2).figures
         of_other = log_probabilities(other.session().forward(ids, all_logits=True))
     size, perplexity = report.bytes / 1e6, figures.perplexity.value
     print(f"{kind}  {size:5.1f}  {perplexity:10.3f}  {distance(of_model, of_other)}")
-print(f"base  {model.info.file_bytes / 1e6:5.1f}  {figures.base_perplexity.value:10.3f}")
 
 # %% A conversation that is saved, and goes on where it stopped
 session = model.session()
@@ -78,7 +79,8 @@ more = [
 for chunk in model.chat(more, GREEDY, session=restored):
     print(chunk.text, end="", flush=True)
 print()
-usage = chunk.usage
+usage = chunk.usage  # of the last one
+assert usage is not None
 print(f"{usage.prompt_tokens} tokens of prompt, {usage.reused_tokens} of them from the file")
 
 # %% Free the memory

@@ -57,7 +57,11 @@ class Watched:
 
     def _seen(self) -> dict[str, Any]:
         window = self.window
-        buttons = {"send": window.send, "cancel": window.cancel, "clear": window.clear}
+        buttons = {
+            "send": window.send_button,
+            "cancel": window.cancel_button,
+            "clear": window.clear_button,
+        }
         parts = buttons | {"entry": window.entry}
         return {
             "status": window.status["text"],
