@@ -150,13 +150,16 @@ class _Plain:
 
 
 def drawn(model: edgellama.Model, ids: Ids) -> tuple[Ids, Ids]:
-    """Tokens drawn among the few that leave the device, and among all."""
-    how = edgellama.Sampling(seed=1, top_k=40)
-    plain = _Plain(model.session())
-    reply = generate(plain, model.tokenizer, ids, how, context=CONTEXT, max_tokens=TOKENS)
-    wanted = [chunk.token for chunk in reply if chunk.token is not None]
-    chunks = model.generate(ids, how, max_tokens=TOKENS)
-    return wanted, [chunk.token for chunk in chunks if chunk.token is not None]
+    """Tokens drawn among the few that leave the device, and among all; several replies."""
+    wanted, found = [], []
+    for seed in range(4):
+        how = edgellama.Sampling(seed=seed, top_k=40)
+        plain = _Plain(model.session())
+        reply = generate(plain, model.tokenizer, ids, how, context=CONTEXT, max_tokens=TOKENS)
+        wanted += [chunk.token for chunk in reply if chunk.token is not None]
+        chunks = model.generate(ids, how, max_tokens=TOKENS)
+        found += [chunk.token for chunk in chunks if chunk.token is not None]
+    return wanted, found
 
 
 def runtime_session(model: edgellama.Model) -> Any:
