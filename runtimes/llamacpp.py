@@ -37,6 +37,18 @@ INSTALL = "pip install 'edgellama[llamacpp]'"
 _LOG = logging.getLogger("edgellama")
 _loading = threading.Lock()
 _kept: list[Any] = []  # callbacks that llama.cpp still points to
+_first: list[int] = []  # the process that used llama.cpp first
+
+
+def _refuse_a_fork() -> None:
+    """Its threads (OpenMP's) do not live on in a forked child, which would wait for them."""
+    if not _first:
+        _first.append(os.getpid())
+    if _first[0] != os.getpid():
+        raise ForkedProcess(
+            "llama.cpp was used before this process forked, and cannot be used in it",
+            hint="Start the process by spawn, or take the cpu runtime",
+        )
 
 
 class LlamaCpp:
@@ -44,6 +56,7 @@ class LlamaCpp:
 
     def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
         self.api = _bindings()
+        _refuse_a_fork()
         types = {"f16": self.api.GGML_TYPE_F16, "f32": self.api.GGML_TYPE_F32}
         require_choice("kv_type", options.kv_type, types)
         self.graph, self.options, self.kv_type = graph, options, types[options.kv_type]

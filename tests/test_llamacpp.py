@@ -1,5 +1,7 @@
 """The llama.cpp runtime: the others' contract, nothing on stderr, nothing left behind."""
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -143,3 +145,31 @@ def test_greedy_reply_is_the_cpus(path: Path) -> None:
         with edgellama.load(path, runtime=runtime, kv_type="f32") as model:
             tokens.append([c.token for c in model.generate([1, 9, 40], greedy, max_tokens=12)])
     assert tokens[0] == tokens[1]
+
+
+FORK = """
+import os, sys
+import edgellama
+
+def load():
+    return edgellama.load(sys.argv[1], runtime="llama.cpp", threads=2)
+
+with load() as model, load():
+    model.session().forward([1, 2, 3])
+    child = os.fork()
+    if child == 0:
+        try:
+            load().session().forward([1, 2, 3])
+        except edgellama.ForkedProcess:
+            os._exit(5)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    assert model.session().forward([1]).shape == (288,)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forking is POSIX's")
+def test_a_forked_child_does_not_wait_for_threads_it_does_not_have(path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

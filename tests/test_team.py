@@ -291,7 +291,7 @@ print(usable_cores())
 
 
 FORK = """
-import os, sys
+import asyncio, os, sys
 import numpy as np
 import edgellama
 model = edgellama.load(sys.argv[1], threads=3)
@@ -305,11 +305,28 @@ def refused(call):
         return True
     return False
 
+hi = [{"role": "user", "content": "hi"}]
+
+async def answer():
+    async for _ in model.agenerate("a"):
+        pass
+
 child = os.fork()
 if child == 0:
-    right = refused(lambda: session.forward([4])) and refused(model.session)
+    calls = [
+        model.session,
+        lambda: session.forward([4]),
+        lambda: session.truncate(0),
+        lambda: model.generate("a"),
+        lambda: model.chat(hi, template="alpaca"),
+        lambda: asyncio.run(answer()),
+    ]
+    right = all(map(refused, calls))
+    session.close()
     model.close()
-    os._exit(0 if right else 9)
+    with edgellama.load(sys.argv[1], threads=3) as own:  # which the child may have
+        right = right and np.array_equal(own.session().forward([1, 2, 3]), before)
+    sys.exit(0 if right else 9)
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0, status
 session.truncate(0)
