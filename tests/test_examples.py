@@ -172,7 +172,7 @@ def test_cancelling_one_leaves_the_others_alone(
         other = asyncio.create_task(chat.answer(model, "Name the capital of France."))
         await enough.wait()
         long.cancel()
-        late = await chat.answer_in_time(model, "Write a long story.", 0.3, lambda text: None)
+        late = await chat.answer_in_time(model, "Write a long story.", 0.05, lambda text: None)
         return await other, (await asyncio.wait({long}))[0].pop().cancelled(), late
 
     answer, cancelled, late = asyncio.run(work())
