@@ -63,7 +63,7 @@ def load_ahead(address: int, kind: int, ahead: int) -> Any:
 
 
 @inline
-def number_bytes(kind: int) -> int:
+def number_bytes(kind: int) -> Any:
     return 1 if kind == Q8_0 else 4 - 2 * kind
 
 
@@ -201,7 +201,7 @@ def scale_weights(weights: int, scales: int, low: int, high: int, to: int) -> No
 
 
 @inline
-def columns_at(values: int, i: int, kind: int) -> int:
+def columns_at(values: int, i: int, kind: int) -> Any:
     """Where columns i..i+15 of a block's first position are."""
     if kind == Q8_0:
         return values + i // BLOCK * KEYS_AT_ONCE * (BLOCK + 2) + i % BLOCK
@@ -209,7 +209,7 @@ def columns_at(values: int, i: int, kind: int) -> int:
 
 
 @inline
-def position_bytes(width: int, kind: int) -> int:
+def position_bytes(width: int, kind: int) -> Any:
     """From one position's columns to the next one's."""
     return BLOCK if kind == Q8_0 else width * number_bytes(kind)
 
