@@ -31,6 +31,7 @@ def start_chat(
     wording: Wording,
     overflow: str,
     stats: bool,
+    markdown: bool,
 ) -> None:
     asked, settings = asked_template(template), Settings.of(wording, overflow)
     live = sys.stdin is not None and sys.stdin.isatty()
@@ -41,7 +42,8 @@ def start_chat(
             terminal.note(f"Fetching {name}, this once.")
             pull_model(terminal, name)
     with load_model(terminal, name, how) as model:
-        chat = Chat(Conversation(terminal, model, settings, system, asked), stats)
+        conversation = Conversation(terminal, model, settings, system, asked, markdown)
+        chat = Chat(conversation, stats)
         terminal.note(report.first_screen(model, asked))
         if message is None:
             chat.converse()

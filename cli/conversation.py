@@ -41,7 +41,9 @@ class Conversation:
         settings: Settings,
         system: str | None = None,
         asked: Asked | None = None,
+        markdown: bool = False,
     ) -> None:
+        self.markdown = markdown  # whether replies are set as such
         self.terminal, self.model, self.settings = terminal, model, settings
         self.asked, self.template = asked, template_of(asked, model)
         self.session = model.session()
@@ -136,6 +138,7 @@ class Conversation:
             ),
             cancel,
             before=ahead,
+            markdown=self.markdown,
         )
         return _counted(reply, ahead)
 

