@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
+from edgellama.control import CancelToken
 from edgellama.errors import ModelFormatError, shown
 from edgellama.gguf_parts import Part, TensorInfo, Value, parse_part
 from edgellama.regular_file import open_regular, unreadable
@@ -78,24 +79,24 @@ class GGUF:
         self.close()
 
 
-def open_gguf(path: "str | os.PathLike[str]") -> GGUF:
+def open_gguf(path: "str | os.PathLike[str]", *, cancel: CancelToken | None = None) -> GGUF:
     """Open a GGUF file, or the first part of a split one together with the others beside it.
 
     Only the headers are read. Raises ModelFormatError if a file is damaged, is something else, or
     a part is missing; UnsupportedModelError for another version or byte order; EdgeLlamaError with
-    the system's reason if a file cannot be opened.
+    the system's reason if a file cannot be opened; Cancelled.
     """
     path = Path(path)
     with ExitStack() as files:
         raw = [_open(path)]
         files.enter_context(raw[0])
-        parts = [_parse(raw[0], path, 0)]
+        parts = [_parse(raw[0], path, 0, cancel)]
         count = _part_count(parts[0])
         seen = dict.fromkeys(parts[0].tensors, path)
         for number in range(1, count):
             sibling = _sibling(path, number, count)
             raw.append(files.enter_context(_open_part(sibling, number, count)))
-            parts.append(_parse(raw[-1], sibling, number))
+            parts.append(_parse(raw[-1], sibling, number, cancel))
             _check_part(parts[-1], number, count, seen)
         if count > 1:
             _check_total(parts)
@@ -106,9 +107,9 @@ def _open(path: Path) -> FileIO:
     return open_regular(path, wanted="a GGUF file", hint="Give the .gguf file in it")
 
 
-def _parse(file: FileIO, path: Path, index: int) -> Part:
+def _parse(file: FileIO, path: Path, index: int, cancel: CancelToken | None) -> Part:
     try:
-        return parse_part(file, path, os.fstat(file.fileno()).st_size, index)
+        return parse_part(file, path, os.fstat(file.fileno()).st_size, index, cancel)
     except OSError as error:
         raise unreadable(path, error) from error
 

@@ -10,6 +10,7 @@ from io import FileIO
 from pathlib import Path
 from struct import Struct
 
+from edgellama.control import CancelToken
 from edgellama.errors import EdgeLlamaError, ModelFormatError, shown
 
 LONGEST_HEADER = 2**28  # bytes
@@ -23,8 +24,10 @@ _U32, _U64 = Struct("<I"), Struct("<Q")
 class Cursor:
     """Walks the file's start through a window, checking every step against the file's size."""
 
-    def __init__(self, file: FileIO, path: Path, size: int) -> None:
-        self.file, self.path, self.size = file, path, size
+    def __init__(
+        self, file: FileIO, path: Path, size: int, cancel: CancelToken | None = None
+    ) -> None:
+        self.file, self.path, self.size, self.cancel = file, path, size, cancel
         self.where: str | None = None  # what is being read, for messages
         self.window, self.base, self.at = b"", 0, 0  # window[at] is byte base + at of the file
 
@@ -78,6 +81,8 @@ class Cursor:
         if self.position + count > LONGEST_HEADER:
             problem = f"the header goes on after {LONGEST_HEADER} bytes, the most allowed"
             raise self.error(problem, field="header", allowed=f"{LONGEST_HEADER} bytes")
+        if self.cancel is not None:
+            self.cancel.check("reading the header")
         rest = self.window[self.at :]
         wanted = min(max(count, WINDOW), self.left)
         pieces = [rest]

@@ -16,6 +16,7 @@ from pathlib import Path
 from struct import Struct
 from typing import TypeAlias
 
+from edgellama.control import CancelToken
 from edgellama.errors import EdgeLlamaError, UnsupportedModelError, shown
 from edgellama.ggml import BY_ID, TensorType
 from edgellama.gguf_cursor import INCOMPLETE, LONGEST_STRING, Cursor, foreign
@@ -84,13 +85,15 @@ class Part:
     warnings: list[str] = field(default_factory=list)
 
 
-def parse_part(file: FileIO, path: Path, size: int, index: int) -> Part:
+def parse_part(
+    file: FileIO, path: Path, size: int, index: int, cancel: CancelToken | None = None
+) -> Part:
     """Parse the header of an open file of `size` bytes; `index` becomes its tensors' `part`.
 
     Raises ModelFormatError for anything damaged, UnsupportedModelError for another version or
-    byte order.
+    byte order, Cancelled.
     """
-    cursor = Cursor(file, path, size)
+    cursor = Cursor(file, path, size, cancel)
     version = _read_version(cursor)
     n_tensors = cursor.u64("n_tensors")
     _check_count(cursor, "n_tensors", n_tensors, MOST_TENSORS, SMALLEST_TENSOR, "the tensor table")

@@ -81,7 +81,7 @@ def load(
     folder = _onnx_folder(file_path, runtime, cancel, progress)
     if folder is not None:
         chosen = "onnx"
-    with open_gguf(file_path) if folder is None else folder.file as file:
+    with open_gguf(file_path, cancel=cancel) if folder is None else folder.file as file:
         config, tokenizer, warnings = _checked(file, file_path, cancel)
         on_cpu = chosen == "onnx" and device != "cuda"
         options = Options(
@@ -111,7 +111,7 @@ def _checked(
     warnings = [*file.warnings, *check_tensors(file, config)]
     if cancel:
         cancel.check("loading the model")
-    tokenizer = tokenizer_from_gguf(file.metadata, path=path)
+    tokenizer = tokenizer_from_gguf(file.metadata, path=path, cancel=cancel)
     _check_vocabulary(tokenizer, config, path)
     if cancel:
         cancel.check("loading the model")

@@ -30,14 +30,19 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path | None = None) -> "Tokenizer":
+def tokenizer_from_gguf(
+    metadata: Mapping[str, Any],
+    path: str | Path | None = None,
+    *,
+    cancel: CancelToken | None = None,
+) -> "Tokenizer":
     """The tokenizer described by the GGUF keys `tokenizer.ggml.*`; `path` is for messages.
 
     `tokenizer.ggml.model` is "llama" (SentencePiece BPE) or "gpt2" (byte-level BPE); for the
     latter `tokenizer.ggml.pre` names the pre-tokenizer, absent: "default", which is GPT-2's.
-    Raises UnsupportedModelError for other kinds, TokenizerError for damaged data.
+    Raises UnsupportedModelError for other kinds, TokenizerError for damaged data, Cancelled.
     """
-    return Tokenizer(vocab_from_gguf(metadata, path))
+    return Tokenizer(vocab_from_gguf(metadata, path, cancel=cancel))
 
 
 class Tokenizer:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgellama.config import MOST_VOCAB
+from edgellama.control import CancelToken
 from edgellama.errors import TokenizerError, UnsupportedModelError, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
@@ -24,7 +25,7 @@ END_NAMES = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>"
 LONGEST_TOKEN = 65_536  # characters; 8 times the longest seen would be 1,024
 MOST_SPECIAL = 2**20  # characters of all special tokens together; Llama 3 has 7,000
 MOST_MERGES = 16 * 2**20
-MERGES_AT_ONCE = 2048
+MERGES_AT_ONCE, MERGES_BETWEEN_LOOKS = 2048, 65_536
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -53,8 +54,15 @@ class Vocab:
 class _Keys:
     """Typed access to `tokenizer.ggml.*`, with errors naming key, index and value."""
 
-    def __init__(self, metadata: Mapping[str, Any], path: str | Path | None) -> None:
-        self.metadata, self.path = metadata, path
+    def __init__(
+        self, metadata: Mapping[str, Any], path: str | Path | None, cancel: CancelToken | None
+    ) -> None:
+        self.metadata, self.path, self.cancel = metadata, path, cancel
+
+    def look(self) -> None:
+        """Between steps that take long in a large vocabulary. Raises Cancelled."""
+        if self.cancel is not None:
+            self.cancel.check("reading the vocabulary")
 
     def get(self, key: str) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}")
@@ -80,6 +88,7 @@ class _Keys:
 
     def array(self, key: str, kind: type, low: int, high: int) -> Sequence[Any]:
         """An array of `low`..`high` elements, every one exactly a `kind` (a bool is no int)."""
+        self.look()
         names = {str: "strings", int: "integers", float: "floats"}
         value = self.get(key)
         size = f"{low}..{high}" if low < high else f"{low}"
@@ -114,16 +123,23 @@ class _Keys:
         return value
 
 
-def vocab_from_gguf(metadata: Mapping[str, Any], path: str | Path | None = None) -> Vocab:
+def vocab_from_gguf(
+    metadata: Mapping[str, Any],
+    path: str | Path | None = None,
+    *,
+    cancel: CancelToken | None = None,
+) -> Vocab:
     """Read and check `tokenizer.ggml.*`.
 
     Raises UnsupportedModelError for a kind of tokenizer that edgellama lacks, TokenizerError,
-    naming key, index and value, for data that is missing, mistyped, or contradicts itself.
+    naming key, index and value, for data that is missing, mistyped, or contradicts itself;
+    Cancelled.
     """
-    keys = _Keys(metadata, path)
+    keys = _Keys(metadata, path, cancel)
     model = _model(keys)
     tokens = _tokens(keys)
     types = _types(keys, len(tokens))
+    keys.look()
     ids = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(ids) != len(tokens):
         i = _first_repeated(tokens)
@@ -233,11 +249,16 @@ def _scores(keys: _Keys, tokens: Sequence[str], ids: Mapping[str, int]) -> dict[
 def _merges(keys: _Keys, ids: Mapping[str, int]) -> dict[str, int]:
     """Merge "left right" -> its line."""
     merges: Sequence[str] = keys.array("merges", str, 0, MOST_MERGES)
-    ranks = dict(zip(merges, range(len(merges)), strict=True))
+    ranks: dict[str, int] = {}
+    for start in range(0, len(merges), MERGES_BETWEEN_LOOKS):
+        keys.look()
+        some = merges[start : start + MERGES_BETWEEN_LOOKS]
+        ranks.update(zip(some, range(start, start + len(some)), strict=True))
     if len(ranks) != len(merges):
         i = _first_repeated(merges)
         raise keys.at("merges", i, merges[i], "every merge once")
     for start in range(0, len(merges), MERGES_AT_ONCE):
+        keys.look()
         _check_merges(keys, merges[start : start + MERGES_AT_ONCE], start, ids)
     return ranks
 

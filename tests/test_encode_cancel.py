@@ -3,15 +3,17 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import tiny_config, write_tiny
-from tinyvocabs import both
+from tinyvocabs import both, gpt2, llama
 
 import edgellama
 from edgellama import Cancelled, CancelToken, Model
-from edgellama.tokenizer import Tokenizer
+from edgellama.gguf import open_gguf
+from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 
 TEXTS = {"words": "abc " * 1_500_000, "one word": "abc" * 300_000}  # half a second or more
 SOON = 20.0  # seconds; the aim is 0.1
@@ -74,3 +76,19 @@ def test_replies_end_with_a_last_chunk(model: Model, text: str) -> None:
     assert session.position == 0
     with pytest.raises(Cancelled):
         stopped(lambda token: model.infill(text, "x", cancel=token))
+
+
+@pytest.mark.parametrize("keys", [llama(), gpt2()], ids=["llama", "gpt2"])
+def test_while_a_file_is_opened(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Header and vocabulary: half a second for 128,000 tokens with 280,000 merges."""
+    path, token = write_tiny(tmp_path / "tiny.gguf"), CancelToken()
+    with open_gguf(path, cancel=token) as file:
+        assert file.tensors
+    assert tokenizer_from_gguf(keys, cancel=token).vocab_size > 256
+    token.cancel()
+    with pytest.raises(Cancelled, match="header"):
+        open_gguf(path, cancel=token)
+    with pytest.raises(Cancelled, match="vocabulary"):
+        tokenizer_from_gguf(keys, cancel=token)
+    with pytest.raises(Cancelled):
+        edgellama.load(path, cancel=token)
