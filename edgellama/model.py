@@ -68,7 +68,8 @@ class Model:
         warnings: list[str],
     ) -> None:
         self.config, self.graph, self.tokenizer = graph.config, graph, tokenizer
-        self.device = dict.fromkeys(DEVICE) | {"providers": []} | runtime.describe()
+        self.device: dict[str, Any] = dict.fromkeys(DEVICE)
+        self.device |= {"providers": []} | runtime.describe()
         self._runtime: Runtime | None = runtime
         self._pid, self._deterministic = os.getpid(), options.deterministic
         self._template = template_from_gguf(file.metadata, file.path)
