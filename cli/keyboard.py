@@ -6,12 +6,14 @@ Ctrl-J begin a new line, and what is pasted is one message. Knows nothing about 
 """
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgellama.cli.history import history_file, remember, remembered
-from edgellama.cli.terminal import Terminal
+from edgellama.cli.terminal import Terminal, Terminated, draws
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +37,10 @@ class Keyboard:
     ) -> None:
         """`streams`: prompt_toolkit's input and output, if not those of this process."""
         self._terminal = terminal
-        drawn = bool(streams) or sys.stderr.isatty()
-        self._read: Callable[[], str] = _editor(commands, streams).prompt if drawn else _plain
+        self._drawn = bool(streams) or draws()
+        self._read: Callable[[], str] = (
+            partial(_edited, _editor(commands, streams)) if self._drawn else _plain
+        )
 
     def message(self, empty: bool = False) -> str | None:
         """The next message, an empty one only if that means something; None at Ctrl-D.
@@ -49,6 +53,8 @@ class Keyboard:
                 text = unfenced(self._read())
             except EOFError:
                 return None
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 if warned:
                     raise
@@ -62,9 +68,9 @@ class Keyboard:
     def hushed(self) -> Iterator[None]:
         """What is typed meanwhile is not shown amid the reply, but at the next prompt.
 
-        Ctrl-C still interrupts.
+        Ctrl-C still interrupts. Without an editor, the terminal itself shows and keeps the lines.
         """
-        if sys.platform == "win32":
+        if sys.platform == "win32" or not self._drawn:
             yield
             return
         import termios
@@ -105,6 +111,8 @@ def _plain() -> str:
     """A terminal to type at, but none to draw on: a line as it is."""
     lines: list[str] = []
     while not lines or unfinished("\n".join(lines)):
+        if sys.stderr.isatty():
+            print(MORE if lines else PROMPT, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             if lines:
@@ -112,6 +120,43 @@ def _plain() -> str:
             raise EOFError
         lines.append(line.rstrip("\r\n"))
     return "\n".join(lines)
+
+
+def _edited(session: "PromptSession[str]") -> str:
+    """A message from the editor. SIGTERM and SIGHUP, where they are handled, end it in order.
+
+    An exception amid its work would be printed, and Enter asked for. Raises Terminated.
+    """
+    app, ended = session.app, False
+
+    def leave() -> None:
+        if ended and app.future is not None and not app.future.done():
+            app.exit(exception=Terminated())
+
+    def end(number: int, frame: object) -> None:
+        nonlocal ended
+        ended = True
+        if app.loop is not None:
+            app.loop.call_soon_threadsafe(leave)
+
+    with _handling(end):
+        text = session.prompt(pre_run=leave)
+    if ended:
+        raise Terminated
+    return text
+
+
+@contextlib.contextmanager
+def _handling(end: Callable[[int, object], None]) -> Iterator[None]:
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    before = {n: signal.getsignal(n) for n in numbers if n and callable(signal.getsignal(n))}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "PromptSession[str]":
@@ -129,7 +174,7 @@ def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "P
     return PromptSession(
         PROMPT,
         multiline=True,
-        prompt_continuation=MORE,
+        prompt_continuation=_margin,
         key_bindings=_keys(),
         history=kept_history(path),
         completer=Words(commands),
@@ -151,6 +196,11 @@ def kept_history(path: "Path | None") -> "History":
             remember(path, string)
 
     return Remembered()
+
+
+def _margin(width: int, line: int, wraps: int) -> str:
+    """What stands before each row of a message but the first: only a new line is marked."""
+    return " " * len(MORE) if wraps else MORE
 
 
 def _keys() -> "KeyBindings":

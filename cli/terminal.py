@@ -47,6 +47,12 @@ def colours() -> bool:
     return sys.stderr.isatty() and able and not objected
 
 
+def draws() -> bool:
+    """Whether stderr is a terminal that does more than write lines: its cursor can be moved."""
+    dumb = os.environ.get("TERM", "") in ("", "dumb") and os.name != "nt"
+    return sys.stderr.isatty() and not dumb
+
+
 @dataclass
 class Terminal:
     """One command's view of the world outside: how much to say, and in what form."""
@@ -99,7 +105,7 @@ class Display:
     """
 
     def __init__(self, quiet: bool) -> None:
-        self._quiet, self._terminal = quiet, sys.stderr.isatty()
+        self._quiet, self._terminal = quiet, draws()
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._bars: Progress | None = None

@@ -36,7 +36,7 @@ from edgellama.paths import DEFAULT_MODEL, cache_dir
 CHAT = (sys.executable, "-m", "edgellama", "chat")
 GREEDY = ("--temperature", "0")
 LONG = "Write a very long story about a fox."  # more than a minute's reply would fit the context
-STORY = "Once upon a time"  # how the reply to it begins
+BEGUN = re.escape(LONG) + r"\n(?!reading)[^\n](?s:.{20})"  # some of the reply, and no bar
 ESCAPE = b"\x1b"
 # What the person's editor does: notes what it was given, and writes what is ready for it.
 EDITOR = """
@@ -144,8 +144,8 @@ def test_two_turns(home: Home) -> None:
 
 
 def squeezed(text: str) -> str:
-    """Without blanks and line ends: a terminal breaks lines where it will, an editor marks them."""
-    return re.sub(r"\s+", "", re.sub(r"^\.\.\. ", "", text, flags=re.MULTILINE))
+    """Without blanks and line ends: a terminal breaks lines where it will."""
+    return re.sub(r"\s+", "", text)
 
 
 def shows(seen: str, words: str) -> bool:
@@ -200,13 +200,13 @@ def test_what_looks_like_a_command(home: Home, talk: Window) -> None:
 def test_ctrl_c_while_it_writes(home: Home, talk: Window) -> None:
     editors, row = talk.screen.editors, talk.screen.row
     talk.type(LONG + "\r")
-    talk.sees(rf"{STORY}(?s:.{{40}})", row)
+    talk.sees(BEGUN, row)
     talk.type(CTRL_C)
     talk.prompted(editors)
     seen = talk.text(row)
     assert "stopped" in seen and "stays in the conversation" in seen and "Traceback" not in seen
     said = home.saved(talk)
-    assert said[0] == LONG and said[1].startswith(STORY)
+    assert said[0] == LONG and len(said[1]) >= 20
     assert shows(seen, said[1])
     talk.enter("/set max_tokens 5")
     assert "reply 5 tokens" in talk.enter("Go on.")  # it knows what it had said
@@ -350,7 +350,7 @@ def test_what_is_typed_during_a_reply_comes_after_it(home: Home, talk: Window) -
     talk.enter("/set max_tokens 150")
     editors, row = talk.screen.editors, talk.screen.row
     talk.type(LONG + "\r")
-    talk.sees(STORY, row)
+    talk.sees(BEGUN, row)
     talk.type("typed ahead")
     talk.wait(lambda: talk.screen.editors > editors and "ahead" in talk.line(), "prompted")
     assert talk.line() == ">>> typed ahead"
@@ -384,9 +384,9 @@ def test_resize_while_a_message_is_written(home: Home, talk: Window) -> None:
 
 def test_resize_while_it_writes(home: Home, talk: Window) -> None:
     talk.enter("/set max_tokens 120")
-    editors, start = talk.screen.editors, len(talk.raw)
+    editors, row, start = talk.screen.editors, talk.screen.row, len(talk.raw)
     talk.type(LONG + "\r")
-    talk.wait(lambda: STORY.encode() in talk.raw[start:], "begun")
+    talk.sees(BEGUN, row)
     try:
         for columns, rows in ((60, 20), (140, 50), (25, 8)):
             seen = len(talk.raw)
@@ -425,7 +425,6 @@ def test_colours(home: Home, colours: bool) -> None:
         assert (styles <= {b"", b"0"}) is not colours, styles
 
 
-@pytest.mark.xfail(reason="the editor draws there too", run=False)
 def test_a_dumb_terminal(home: Home) -> None:
     with home.window("-n", "5", TERM="dumb") as window:
         window.sees(">>>")
@@ -480,20 +479,13 @@ def test_stdout_has_the_models_words_alone(home: Home) -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["at the prompt", "in a reply"])
-@pytest.mark.parametrize(
-    "end",
-    [
-        pytest.param("SIGTERM", marks=pytest.mark.xfail(reason="taken for Ctrl-C", run=False)),
-        pytest.param("SIGHUP", marks=pytest.mark.xfail(reason="taken for Ctrl-C", run=False)),
-        "closed",
-    ],
-)
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP", "closed"])
 def test_the_end_comes_from_outside(home: Home, end: str, busy: bool) -> None:
     with home.window() as window:
         window.prompted()
         if busy:
             window.type(LONG + "\r")
-            window.sees(STORY)
+            window.sees(BEGUN)
         begun = time.monotonic()
         if end == "closed":
             assert window.hang_up() != 0
@@ -512,14 +504,14 @@ def test_ctrl_z_and_fg(home: Home) -> None:
         window.prompted(1)
         row = window.screen.row
         window.type(LONG + "\r")
-        window.sees(STORY, row)
+        window.sees(BEGUN, row)
         window.type(CTRL_Z)
         window.sees(r"Stopped(?s:.*)shell\$", row)
         editors = window.screen.editors
         window.type("fg\r")
         window.prompted(editors)
         said = home.saved(window)
-        assert said[1].startswith(STORY) and shows(window.text(row), "cut at max_tokens")
+        assert len(said[1]) > 100 and shows(window.text(row), said[1][-40:])
         window.type("/exit\r")
         window.sees(r"shell\$ *$")
         window.type("echo status $?; exit\r")
