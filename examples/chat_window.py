@@ -11,6 +11,7 @@ import sys
 import tkinter as tk
 from time import perf_counter
 from tkinter import ttk
+from tkinter.font import nametofont
 from typing import Any
 
 from talk import Talk
@@ -25,7 +26,7 @@ ROLES = {  # of the transcript: text colour, background
     "error": ("#b3261e", "#fdecea"),
 }
 ENDS = {"cancelled": "(stopped)\n", "context": "(the context is full)\n"}
-GREY, BLUE, FONT = "#f3f4f6", "#174a7e", ("TkTextFont", 11)
+GREY, BLUE = "#f3f4f6", "#174a7e"
 
 
 class Window(tk.Tk):
@@ -37,6 +38,8 @@ class Window(tk.Tk):
         self.times: list[float] = []  # when the reply's tokens came
         self.title("edgellama")
         self.geometry("760x600")
+        nametofont("TkTextFont").configure(size=11)
+        nametofont("TkHeadingFont").configure(size=11, weight="bold")
         if self.tk.call("tk", "windowingsystem") == "x11":
             style = ttk.Style()
             style.theme_use("clam")
@@ -52,14 +55,14 @@ class Window(tk.Tk):
         top, bottom = ttk.Frame(self, padding=(18, 10)), ttk.Frame(self, padding=(18, 12))
         top.pack(side="top", fill="x")
         bottom.pack(side="bottom", fill="x")
-        self.name = ttk.Label(top, font=("TkDefaultFont", 11, "bold"))
+        self.name = ttk.Label(top, font="TkHeadingFont")
         self.clear_button = ttk.Button(top, text="Clear", command=self.talk.clear)
-        self.policy = ttk.Combobox(top, values=list(POLICIES), state="readonly", width=30)
+        self.policy = ttk.Combobox(top, values=list(POLICIES), state="readonly", width=27)
         self.policy.current(0)
         self.name.pack(side="left")
         self.clear_button.pack(side="right")
         self.policy.pack(side="right", padx=10)
-        self.entry = tk.Text(bottom, height=3, wrap="word", font=FONT, padx=8, pady=6)
+        self.entry = tk.Text(bottom, height=3, wrap="word", font="TkTextFont", padx=8, pady=6)
         self.entry.configure(relief="flat", highlightcolor=BLUE, highlightbackground="#c4c7cc")
         self.entry.bind("<Return>", self._send)
         self.entry.bind("<Shift-Return>", lambda _: None)  # writes a line break
@@ -78,7 +81,9 @@ class Window(tk.Tk):
     def _build_transcript(self) -> None:
         scroll = ttk.Scrollbar(self)
         scroll.pack(side="right", fill="y")
-        self.text = tk.Text(self, wrap="word", font=FONT, background="white", state="disabled")
+        self.text = tk.Text(
+            self, wrap="word", font="TkTextFont", background="white", state="disabled"
+        )
         self.text.configure(yscrollcommand=scroll.set, relief="flat", padx=0)
         self.text.pack(fill="both", expand=True)
         scroll.configure(command=self.text.yview)

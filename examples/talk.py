@@ -22,7 +22,8 @@ class Talk:
     be none at all.
     """
 
-    def __init__(self, model: str, sampling: edgellama.Sampling = SAMPLING) -> None:
+    def __init__(self, model: str, sampling: edgellama.Sampling = SAMPLING, **options: Any) -> None:
+        """`options` are those of edgellama.load."""
         self.events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self.messages: list[dict[str, str]] = []  # the thread's: others only look
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -30,7 +31,7 @@ class Talk:
         self._cancel = edgellama.CancelToken()  # ends the newest reply
         self._sampling = sampling
         # a daemon: whatever happens, the program ends when its window is closed
-        self._thread = threading.Thread(target=self._work, args=(model,), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(model, options), daemon=True)
         self._thread.start()
 
     def ask(self, question: str, overflow: str = "error") -> None:
@@ -54,12 +55,13 @@ class Talk:
 
     # --- in the thread ----------------------------------------------------------------------------
 
-    def _work(self, path: str) -> None:
+    def _work(self, path: str, options: dict[str, Any]) -> None:
         def progress(*step: int | str) -> None:
             self.events.put(("loading", step))
 
         try:
-            with edgellama.load(path, cancel=self._closing, progress=progress) as model:
+            options |= {"cancel": self._closing, "progress": progress}
+            with edgellama.load(path, **options) as model:
                 self._model, self._session = model, model.session()
                 self.events.put(("ready", model.info))
                 while (order := self._orders.get()) is not None:

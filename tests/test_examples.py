@@ -118,6 +118,18 @@ def test_a_question_that_is_too_long(talk: Any) -> None:
     assert text_of(events_until(talk, "done")) == "The capital of France is Paris."
 
 
+def test_what_was_left_out_is_told(
+    example: Callable[[str], ModuleType], default_model: Path
+) -> None:
+    talk = example("talk").Talk(str(default_model), GREEDY, context=256)
+    long = "The sea is wide and deep. " * 22
+    for question, lost in ((long, ()), ("Name the capital of France.", (0, 1))):
+        talk.ask(question, "shift")
+        last = events_until(talk, "done", "failed")[-1][1]
+        assert last.usage.dropped_messages == lost
+    talk.close()
+
+
 @pytest.mark.parametrize("during", ["loading", "prefill", "decode"])
 def test_closing_ends_the_work(
     during: str, example: Callable[[str], ModuleType], default_model: Path
