@@ -56,13 +56,12 @@ def _model(model: "Model") -> str:
 
 def _device(model: "Model") -> str:
     device = model.device
-    count = device.get("threads")
-    threads = f", {plural(count, 'thread')}" if count else ""
+    name, runtime, count = device.get("device"), device.get("runtime"), device.get("threads")
+    parts = [f"{runtime} runtime"] if name == runtime else [str(name), f"{runtime} runtime"]
+    parts += [plural(count, "thread")] if count else []
     reasons = [str(device["reason"])] if device.get("reason") else []
-    if device.get("runtime") in ("cpu", "reference"):
-        reasons.append("a GPU is used by --runtime onnx")
-    reason = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"{device.get('device')}, {device.get('runtime')} runtime{threads}{reason}"
+    reasons += ["--runtime onnx for a GPU"] if runtime in ("cpu", "reference") else []
+    return ", ".join(parts) + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
 def _template(model: "Model", asked: Asked | None) -> str:
