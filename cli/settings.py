@@ -81,7 +81,7 @@ def line_about(settings: Settings, name: str) -> str:
 
 def spelled(value: Any) -> str:
     """A setting's value, as `/set` would read it."""
-    if value is None or value == {}:
+    if value in (None, {}, ()):
         return "none"
     if isinstance(value, dict):
         return ", ".join(f"{token}={number:g}" for token, number in value.items())
