@@ -3,10 +3,11 @@
     python benchmarks/manners.py MODEL.gguf [--tiny TINY.gguf] [--first-use]
 
 Cancel and close: milliseconds from the call to the end of the work, the worst of several tries at
-random moments. Heartbeat: the longest time that another Python thread, which wants to run every
-millisecond, was kept from it. Busy neighbour: tokens a second while another process wants one of
-the cores all the time, pinned to it. Cycles: what 1000 loads and closes of a tiny model leave
-behind (give its file with --tiny). --first-use adds the compilation of kernels, in an empty cache.
+random moments; the text to be encoded is 250 kB of one letter, the slowest there is. Heartbeat: the
+longest time that another Python thread, which wants to run every millisecond, was kept from it.
+Busy neighbour: tokens a second while another process wants one of the cores all the time, pinned to
+it. Cycles: what 1000 loads and closes of a tiny model leave behind (give its file with --tiny).
+--first-use adds the compilation of kernels, in an empty cache.
 """
 
 import argparse
@@ -22,6 +23,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import edgellama
 
 TRIES = 10
 CYCLES = 1000
@@ -84,34 +89,45 @@ def measure(path: str) -> None:
     import edgellama
 
     edgellama.load(path).close()  # kernels and file are warm from here on
+    worst_cancel("load", lambda token: edgellama.load(path, cancel=token).close(), 0.05)
     with heartbeat("load"):
         model = edgellama.load(path)
     session = model.session()
     prompt = [5] * min(2000, model.info.context - 100)
     with heartbeat(f"prefill of {len(prompt)} tokens"):
-        session.forward(prompt)
+        longest = seconds(lambda: session.forward(prompt))
     with heartbeat("decode of 64 tokens"):
         for _ in range(64):
             session.forward([5])
-    worst_cancel("load", lambda token: edgellama.load(path, cancel=token).close(), 0.05)
-    started = time.perf_counter()
-    model.session().forward(prompt)
-    longest = time.perf_counter() - started
     worst_cancel("prefill", lambda token: model.session().forward(prompt, cancel=token), longest)
-
-    other = threading.Thread(target=forward_until_closed, args=(model.session(), prompt))
-    other.start()
-    time.sleep(longest / 4)
-    started = time.perf_counter()
-    model.close()
-    print(f"close during prefill: {(time.perf_counter() - started) * 1000:.1f} ms")
-    other.join()
-
+    measure_encoding(model)
+    measure_close(model, prompt, longest)
     with edgellama.load(path) as model:
         model.session().forward([5])
         used = time.process_time()
         time.sleep(2)
         print(f"processor time while idle: {(time.process_time() - used) / 2:.2%}")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure_encoding(model: "edgellama.Model") -> None:
+    word, encode = "a" * 250_000, model.tokenizer.encode
+    with heartbeat("encoding of a long word"):
+        longest = seconds(lambda: encode(word))
+    worst_cancel("encoding", lambda token: encode(word, cancel=token), longest)
+
+
+def measure_close(model: "edgellama.Model", prompt: list[int], longest: float) -> None:
+    other = threading.Thread(target=forward_until_closed, args=(model.session(), prompt))
+    other.start()
+    time.sleep(longest / 4)
+    print(f"close during prefill: {seconds(model.close) * 1000:.1f} ms")
+    other.join()
 
 
 def forward_until_closed(session: object, prompt: list[int]) -> None:

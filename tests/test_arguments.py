@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_tiny
+from tiny import tiny_config, write_tiny
 
 import edgellama
 from edgellama import EdgeLlamaError, ModelFormatError, ParameterError
+from edgellama.machine import available_memory
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,23 @@ def test_a_file_that_may_not_be_read(path: Path) -> None:
             edgellama.load(path)
     finally:
         path.chmod(mode)
+
+
+def test_the_context_is_what_memory_holds(tmp_path: Path) -> None:
+    """A9: without a wish, up to 80 % of what is available, in steps; a wish beyond is refused."""
+    most = 2**24
+    shape = {"head_dim": 128, "n_kv_heads": 4, "n_layers": 8, "context_length": most}
+    large = write_tiny(tmp_path / "large.gguf", tiny_config(**shape))
+    available, per_token = available_memory(), 2 * 8 * 4 * 128 * 2  # bytes, keys and values in f16
+    if available is None or most * per_token < 2 * available:
+        pytest.skip("needs to know the machine's memory, and less than 130 GB of it")
+    with edgellama.load(large, runtime="reference") as model:
+        context = model.info.context
+    assert context % 256 == 0
+    share = context * per_token / available  # which changes while others use the machine
+    assert 0.4 < share < 0.9
+    with pytest.raises(edgellama.OutOfMemory, match=r"large\.gguf: needs .* GiB .*80% of what is"):
+        edgellama.load(large, runtime="reference", context=most)
 
 
 def command(path: Path, *arguments: str) -> list[str]:
