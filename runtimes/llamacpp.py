@@ -72,12 +72,15 @@ class LlamaCpp:
     def _load(self, file: GGUF) -> int:
         params = self.api.llama_model_default_params()
         params.n_gpu_layers = 0
-        report = self._progress_callback(params)
+        raised: list[BaseException] = []  # by the caller's progress
+        report = self._progress_callback(params, raised)
         pointer = self.api.llama_model_load_from_file(os.fsencode(file.path), params)
         del report
-        if self.options.cancel and self.options.cancel.cancelled:
-            if pointer:  # too late to stop it
-                self.api.llama_model_free(pointer)
+        if pointer and (raised or (self.options.cancel and self.options.cancel.cancelled)):
+            self.api.llama_model_free(pointer)  # it was too late to stop it
+        if raised:
+            raise raised[0]
+        if self.options.cancel:
             self.options.cancel.check("load")
         if not pointer:
             raise UnsupportedModelError(
@@ -87,14 +90,17 @@ class LlamaCpp:
             )
         return int(pointer)
 
-    def _progress_callback(self, params: Any) -> Any:
-        """Have llama.cpp report its loading, and stop it once cancelled."""
+    def _progress_callback(self, params: Any, raised: list[BaseException]) -> Any:
+        """Have llama.cpp report its loading, and stop it once cancelled or if that raises."""
         cancel, progress = self.options.cancel, self.options.progress
 
         def step(share: float, _: object) -> bool:
-            if progress:
-                progress(int(share * self.weight_bytes), self.weight_bytes, "loading")
-            return not (cancel and cancel.cancelled)
+            try:
+                if progress:
+                    progress(int(share * self.weight_bytes), self.weight_bytes, "loading")
+            except BaseException as error:  # not to be lost between two languages
+                raised.append(error)
+            return not raised and not (cancel and cancel.cancelled)
 
         params.progress_callback = self.api.llama_progress_callback(step)
         return params.progress_callback

@@ -99,6 +99,26 @@ def test_the_context_is_what_memory_holds(tmp_path: Path) -> None:
         edgellama.load(large, runtime="reference", context=most)
 
 
+@pytest.mark.parametrize("runtime", ["cpu", "reference", "onnx", "llama.cpp"])
+def test_what_progress_raises_ends_the_load(
+    runtime: str, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if runtime in ("onnx", "llama.cpp"):
+        module = {"onnx": "onnxruntime", "llama.cpp": "llama_cpp"}[runtime]
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    told = 0
+
+    def stop(done: int, total: int, what: str) -> None:
+        nonlocal told
+        told += 1
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        edgellama.load(path, runtime=runtime, progress=stop)
+    assert told == 1
+    assert "".join(capfd.readouterr()) == ""
+
+
 def command(path: Path, *arguments: str) -> list[str]:
     common = ["--runtime", "reference", "-t", "0", "-n", "4", "--quiet"]
     return [sys.executable, "-m", "edgellama", "run", str(path), *arguments, *common]
