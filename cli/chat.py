@@ -77,10 +77,11 @@ class Chat:
 
     def take(self, text: str) -> bool:
         """Do what was typed, whatever it is; False ends the chat. What goes wrong is told."""
+        line = text.strip()
         try:
-            if text.startswith("/") and not text.startswith("//"):
-                return obey(self, text.rstrip())
-            self.send(text[1:] if text.startswith("//") else text)
+            if line.startswith("/") and not line.startswith("//"):
+                return obey(self, line)
+            self.send(line[1:] if line.startswith("//") else text)
         except EdgeLlamaError as error:
             self.terminal.tell([(str(error), "fair")])
         except Terminated:

@@ -87,7 +87,7 @@ def test_help(chat: Chat) -> None:
     assert "There is no command" in told(chat, "/help nothing")
 
 
-@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye", "/exit  "])
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye", "  /exit  "])
 def test_exit(chat: Chat, word: str) -> None:
     assert not chat.take(word)
 
