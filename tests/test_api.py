@@ -13,6 +13,7 @@ import typed_user
 from tiny import tiny_config, write_tiny
 
 import edgellama
+from edgellama.cli.main import run
 
 INFILL = {"fim_pre": 284, "fim_suf": 285, "fim_mid": 286, "eot": 287}  # any four tokens
 
@@ -119,3 +120,20 @@ def test_what_belongs_to_a_process_cannot_be_sent_to_another(path: Path) -> None
                 copy.copy(each)
         assert pickle.loads(pickle.dumps(model.config)) == model.config
         assert pickle.loads(pickle.dumps(model.info)) == model.info
+
+
+def test_warnings_are_told_and_not_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In `model.info` and by the logger; the command line prints them."""
+    odd = write_tiny(tmp_path / "odd.gguf", metadata={"general.file_type": 2})  # it is float32
+    with edgellama.load(odd, runtime="reference") as model:
+        (warning,) = model.info.warnings
+    assert [(r.name, r.getMessage()) for r in caplog.records] == [
+        ("edgellama", f"odd.gguf: {warning}")
+    ]
+    assert "".join(capsys.readouterr()) == ""
+    assert run(["run", str(odd), "hi", "-n", "1", "--runtime", "reference"]) == 0
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert run(["run", str(odd), "hi", "-n", "1", "--runtime", "reference", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
