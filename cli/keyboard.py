@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.buffer import Buffer
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -162,8 +163,7 @@ def _handling(end: Callable[[int, object], None]) -> Iterator[None]:
 def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
-    from prompt_toolkit.filters import Condition
-    from prompt_toolkit.formatted_text import FormattedText
+    from prompt_toolkit.filters import Condition, is_searching
     from prompt_toolkit.output import create_output
 
     from edgellama.cli.completion import Words
@@ -179,7 +179,7 @@ def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "P
         history=kept_history(path),
         completer=Words(commands),
         complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-        placeholder=FormattedText([("fg:ansibrightblack", PLACEHOLDER)]),
+        placeholder=lambda: [] if is_searching() else [("fg:ansibrightblack", PLACEHOLDER)],
         **streams,
     )
 
@@ -204,12 +204,14 @@ def _margin(width: int, line: int, wraps: int) -> str:
 
 
 def _keys() -> "KeyBindings":
-    from prompt_toolkit.completion import CompleteEvent, get_common_complete_suffix
+    """What keys do in a message; while the history is searched, they do what they always did."""
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-    keys = KeyBindings()
+    keys, writing = KeyBindings(), has_focus(DEFAULT_BUFFER)
 
-    @keys.add("enter")
+    @keys.add("enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if unfinished(buffer.text):
@@ -217,25 +219,16 @@ def _keys() -> "KeyBindings":
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
-    @keys.add("c-j")
+    @keys.add("escape", "enter", filter=writing)
+    @keys.add("c-j", filter=writing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
-    @keys.add("tab")
+    @keys.add("tab", filter=writing)
     def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.complete_state:  # the menu is there
-            buffer.complete_next()
-            return
-        asked = CompleteEvent(completion_requested=True)
-        found = list(buffer.completer.get_completions(buffer.document, asked))
-        if common := get_common_complete_suffix(buffer.document, found):
-            buffer.insert_text(common)
-        else:
-            buffer.start_completion()
+        _complete(event.current_buffer)
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=writing)
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
@@ -243,3 +236,18 @@ def _keys() -> "KeyBindings":
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
     return keys
+
+
+def _complete(buffer: "Buffer") -> None:
+    """What all completions have in common, at once; else the menu of them."""
+    from prompt_toolkit.completion import CompleteEvent, get_common_complete_suffix
+
+    if buffer.complete_state:  # the menu is there
+        buffer.complete_next()
+        return
+    asked = CompleteEvent(completion_requested=True)
+    found = list(buffer.completer.get_completions(buffer.document, asked))
+    if common := get_common_complete_suffix(buffer.document, found):
+        buffer.insert_text(common)
+    else:
+        buffer.start_completion()

@@ -20,7 +20,8 @@ from edgellama.cli.settings import NAMES
 from edgellama.cli.terminal import Terminal
 
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
-ALT_ENTER, CTRL_J, CTRL_C, CTRL_D, UP = "\x1b\r", "\n", "\x03", "\x04", "\x1b[A"
+ALT_ENTER, UP = "\x1b\r", "\x1b[A"
+CTRL_C, CTRL_D, CTRL_J, CTRL_R = "\x03", "\x04", "\n", "\x12"
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +172,8 @@ def test_history_outlives_a_chat(typed: Type, cache: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == messages
     assert [*kept_history(path).load_history_strings()] == messages[::-1]
     assert typed(f"{UP}\r") == messages[-1]
+    assert typed(f"{CTRL_R}one\r\r") == "one"
+    assert typed(f"{CTRL_R}one{CTRL_C}other\r") == "other"
     if os.name == "posix":
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(cache.stat().st_mode) == 0o700
