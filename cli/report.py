@@ -32,7 +32,7 @@ def first_screen(model: "Model", asked: Asked | None) -> str:
         _labelled(
             "context", f"{model.info.context} tokens of the model's {model.info.model_context}"
         ),
-        _labelled("template", _template(model, asked)),
+        _labelled("template", source_of(asked, model)),
     ]
     if (now := resident_bytes()) is not None:
         lines.append(_labelled("memory", f"{megabytes(now)} in use now"))
@@ -62,10 +62,6 @@ def _device(model: "Model") -> str:
     reasons = [str(device["reason"])] if device.get("reason") else []
     reasons += ["--runtime onnx for a GPU"] if runtime in ("cpu", "reference") else []
     return ", ".join(parts) + (f" ({'; '.join(reasons)})" if reasons else "")
-
-
-def _template(model: "Model", asked: Asked | None) -> str:
-    return source_of(asked, model)
 
 
 def resident_bytes() -> int | None:

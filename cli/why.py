@@ -76,19 +76,27 @@ def _choice(logits: Any, token: int, count: int) -> Choice:
 def overview(tokenizer: "Tokenizer", found: Sequence[Choice], coloured: bool) -> list[Piece]:
     """The reply in colours, and the tokens that the model was least sure of."""
     first = sum(choice.likeliest[0][0] == choice.token for choice in found)
-    pieces: list[Piece] = []
-    if coloured:
-        stream = tokenizer.stream(special=True)
-        pieces += [(stream.push(choice.token), _style(choice)) for choice in found]
-        legend = f" at least {SURE:.0%} sure, ", " less, ", f" below {UNSURE:.0%}\n\n"
-        pieces += [("\n\n", ""), ("green", "good"), (legend[0], "dim"), ("yellow", "fair")]
-        pieces += [(legend[1], "dim"), ("red", "poor"), (legend[2], "dim")]
+    pieces: list[Piece] = _in_colours(tokenizer, found) if coloured else []
     told = f"Of {plural(len(found), 'token')}, {first} were the model's first choice."
     doubtful = sorted(enumerate(found), key=lambda pair: pair[1].share)[:SHOWN]
     pieces.append((f"{told} It was least sure of:\n", ""))
     pieces += _table(tokenizer, sorted(doubtful, key=lambda pair: pair[0]))
     pieces.append(("\n/why all shows every token, /why N the alternatives of token N", "dim"))
     return pieces
+
+
+def _in_colours(tokenizer: "Tokenizer", found: Sequence[Choice]) -> list[Piece]:
+    stream = tokenizer.stream(special=True)
+    return [
+        *((stream.push(choice.token), _style(choice)) for choice in found),
+        ("\n\n", ""),
+        ("green", "good"),
+        (f" at least {SURE:.0%} sure, ", "dim"),
+        ("yellow", "fair"),
+        (" less, ", "dim"),
+        ("red", "poor"),
+        (f" below {UNSURE:.0%}\n\n", "dim"),
+    ]
 
 
 def table(tokenizer: "Tokenizer", found: Sequence[Choice]) -> list[Piece]:
