@@ -19,8 +19,12 @@ def _note(*words):
     os.write(handle, (" ".join(map(ascii, words)) + "\\n").encode())
     os.close(handle)
 
+def _local(event, arguments):  # Windows makes its socket pairs so
+    ours = os.name == "nt" and event == "socket.connect" and arguments[1][0] == "127.0.0.1"
+    return ours and sys._getframe(2).f_code.co_name in ("socketpair", "_fallback_socketpair")
+
 def _refuse(event, arguments):
-    if event in FORBIDDEN:
+    if event in FORBIDDEN and not _local(event, arguments):
         _note("attempt", os.getpid(), event, arguments[1:])
         raise PermissionError("the network was used: " + event)
 

@@ -29,7 +29,8 @@ class _Screen(pyte.HistoryScreen):
     """A screen that remembers what scrolled off it, and answers what the program asks."""
 
     def __init__(self, columns: int, rows: int, answer: Callable[[str], None]) -> None:
-        self.editors = 0  # times that a line editor took the keyboard
+        self.editors = 0  # times that a line editor took the keyboard, on another row than before:
+        self._began = -1  # after a change of the window's size it takes it again
         self._answer = answer
         super().__init__(columns, rows, history=100_000)
 
@@ -37,7 +38,8 @@ class _Screen(pyte.HistoryScreen):
         self._answer(data)
 
     def set_mode(self, *wanted: int, **more: Any) -> None:
-        self.editors += more.get("private", False) and 2004 in wanted
+        if more.get("private") and 2004 in wanted and self.row != self._began:
+            self.editors, self._began = self.editors + 1, self.row
         super().set_mode(*wanted, **more)
 
     def draw(self, data: str) -> None:
@@ -188,6 +190,14 @@ class Window:
         """Close the terminal and wait for the program's end, as `status` does."""
         self.child.ptyproc.fileobj.close()
         return self._ended()
+
+    def left_behind(self) -> bool:
+        """Whether any process of the window's is still there after its end."""
+        try:
+            os.killpg(self.child.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _ended(self) -> int:
         deadline = time.monotonic() + PATIENCE

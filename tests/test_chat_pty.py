@@ -1,14 +1,11 @@
-"""Whole sessions of `edgellama chat` at a terminal, with the real default model."""
+"""Whole sessions of `edgellama chat` at a terminal, with the real default model: what is typed."""
 
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,109 +13,19 @@ import pytest
 if os.name != "posix":
     pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 
-from offline import Watched
-from pseudoterminal import (
-    ALT_ENTER,
-    BACKSPACE,
-    CTRL_C,
-    CTRL_D,
-    CTRL_Z,
-    LEFT,
-    PASTE,
-    TAB,
-    UP,
-    Window,
-    environment,
-)
-
-from edgellama.paths import DEFAULT_MODEL, cache_dir
-
-CHAT = (sys.executable, "-m", "edgellama", "chat")
-GREEDY = ("--temperature", "0")
-LONG = "Write a very long story about a fox."  # more than a minute's reply would fit the context
-BEGUN = re.escape(LONG) + r"\n(?!reading)[^\n](?s:.{20})"  # some of the reply, and no bar
-ESCAPE = b"\x1b"
-# What the person's editor does: notes what it was given, and writes what is ready for it.
-EDITOR = """
-import pathlib, sys
-given, ready = pathlib.Path("given.txt"), pathlib.Path("ready.txt")
-given.write_bytes(pathlib.Path(sys.argv[1]).read_bytes())
-pathlib.Path(sys.argv[1]).write_bytes(ready.read_bytes() if ready.exists() else b"")
-"""
-
-
-@dataclass
-class Home:
-    """A folder of one's own: a cache with the model and a history, an editor, saved talks."""
-
-    folder: Path
-    watched: Watched
-
-    def window(self, *arguments: str, columns: int = 100, rows: int = 40, **more: str) -> Window:
-        """A chat in a terminal window; `more` are environment variables."""
-        command = [*CHAT, *GREEDY, *arguments]
-        return self.shell(command, columns=columns, rows=rows, **more)
-
-    def shell(self, command: list[str], columns: int = 100, rows: int = 40, **more: str) -> Window:
-        settings = self.environment(**more)
-        return Window(command, settings, columns=columns, rows=rows, folder=self.folder)
-
-    def environment(self, **more: str) -> dict[str, str]:
-        own = {
-            "HOME": str(self.folder),
-            "EDGELLAMA_CACHE": str(self.folder / "cache"),
-            "EDITOR": f"{sys.executable} {self.folder / 'editor.py'}",
-            "VISUAL": "",
-        }
-        return environment(**(own | self.watched.environment() | more))
-
-    def saved(self, window: Window) -> list[str]:
-        """What was said so far, as /save has it: message, reply, message, reply..."""
-        assert shows(window.enter("/save talk.json"), "written to")
-        document = json.loads((self.folder / "talk.json").read_text("utf-8"))
-        return [message["content"] for message in document["messages"]]
+from pseudoterminal import ALT_ENTER, BACKSPACE, CTRL_C, CTRL_D, LEFT, PASTE, TAB, UP, Window
+from terminalhome import BEGUN, LONG, Home, at_home, brief, shows, squeezed
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Iterator[Home]:
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "cache" / "models").mkdir(parents=True, mode=0o700)
-    (folder / "cache" / "models" / f"{DEFAULT_MODEL}.gguf").symlink_to(default_model.absolute())
-    (folder / "cache" / "kernels").symlink_to(cache_dir("kernels"))
-    (folder / "editor.py").write_text(EDITOR)
-    watched = Watched(folder)
-    yield Home(folder, watched)
-    assert watched.processes(), "nobody was watched"
-    assert watched.attempts() == []
-
-
-Talk = Callable[[], Window]
-
-
-@pytest.fixture(scope="module")
-def opened(home: Home) -> Iterator[list[Window]]:
-    windows: list[Window] = []
-    yield windows
-    for window in windows:
-        window.__exit__()
+    with at_home(tmp_path_factory.mktemp("home"), default_model) as home:
+        yield home
 
 
 @pytest.fixture
-def talk(home: Home, opened: list[Window]) -> Window:
-    """A window whose chat has said nothing yet; most tests share it, one after the other."""
-    if not opened or not opened[-1].waiting():
-        opened.append(home.window())
-        opened[-1].prompted()
-    opened[-1].enter("/clear")
-    opened[-1].enter("/system -")
-    opened[-1].enter("/set max_tokens default")
-    return opened[-1]
-
-
-def brief(window: Window) -> Window:
-    """From here on, replies of one token: only the messages matter."""
-    window.enter("/set max_tokens 1")
-    return window
+def talk(home: Home) -> Window:
+    return home.talk()
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -141,15 +48,6 @@ def test_two_turns(home: Home) -> None:
         assert "cached" not in one and "cached" in two
         window.type("/exit\r")
         assert window.status() == 0
-
-
-def squeezed(text: str) -> str:
-    """Without blanks and line ends: a terminal breaks lines where it will."""
-    return re.sub(r"\s+", "", text)
-
-
-def shows(seen: str, words: str) -> bool:
-    return squeezed(words) in squeezed(seen)
 
 
 def test_every_command(home: Home, talk: Window) -> None:
@@ -184,6 +82,28 @@ def test_every_command(home: Home, talk: Window) -> None:
     said = [message["content"] for message in document["messages"]]
     assert said[0] == "You are a pirate."
     assert said[1] == "The fox's name is Quillon.\n\nWhat is the fox's name?"
+
+
+def test_a_context_that_fills(home: Home) -> None:
+    """It is told before it happens, what does not fit is refused, and what is dropped is named."""
+    with home.window("--context", "128", "-n", "30") as window:
+        window.prompted()
+        seen = window.enter("The quick brown fox jumps over the lazy dog. " * 2)
+        while "context is" not in seen:  # 80 % of it is reached by a reply of 30 tokens or two
+            assert (refused := home.saved(window)) and len(refused) < 8
+            seen = window.enter("Tell me about it.")
+        assert re.search(r"Thecontextis\d+%full", squeezed(seen))
+        before = home.saved(window)
+        refused = window.enter("fox " * 200)
+        assert shows(refused, "do not fit the context of 128")
+        assert shows(refused, "The message was not kept") and home.saved(window) == before
+        window.enter("/set overflow shift")
+        seen = window.enter("And what about the lazy old cats that live in the big house?")
+        assert shows(seen, "The context was full: the model did not see")
+        assert len(home.saved(window)) == len(before) + 2  # out of its sight, and still there
+        assert shows(window.enter("/context"), "to be left out")
+        window.type(CTRL_D)
+        assert window.status() == 0
 
 
 def test_what_looks_like_a_command(home: Home, talk: Window) -> None:
@@ -271,8 +191,7 @@ def open_files(pid: int) -> list[str]:
 
 
 def test_ctrl_c_while_it_compiles_for_the_first_time(home: Home, tmp_path: Path) -> None:
-    model = home.folder / "cache" / "models" / f"{DEFAULT_MODEL}.gguf"
-    with home.window(str(model), EDGELLAMA_CACHE=str(tmp_path / "cache")) as window:
+    with home.window(str(home.model), EDGELLAMA_CACHE=str(tmp_path / "cache")) as window:
         window.sees("compiling kernels")
         window.type(CTRL_C)
         assert window.status() == 130
@@ -318,6 +237,27 @@ def test_edit(home: Home, talk: Window) -> None:
     assert (home.folder / "given.txt").read_text("utf-8") == "From the editor:\nmörk"
 
 
+def test_ctrl_c_in_the_editor(home: Home) -> None:
+    """It ends the editor, not the chat; the end of the chat ends the editor."""
+    (home.folder / "slow.py").write_text("import time\nprint('EDITING')\ntime.sleep(600)\n")
+    editor = f"{sys.executable} -u {home.folder / 'slow.py'}"
+    with home.window(EDITOR=editor) as window:
+        window.prompted()
+        editors, row = window.screen.editors, window.screen.row
+        window.type("/edit hello\r")
+        window.sees("EDITING", row)
+        window.type(CTRL_C)
+        window.prompted(editors)
+        assert shows(window.text(row), "the editor was interrupted")
+        assert home.saved(window) == []
+        row = window.screen.row
+        window.type("/edit hello\r")
+        window.sees("EDITING", row)
+        os.kill(window.child.pid, signal.SIGTERM)
+        assert window.status() == 130
+        assert not window.left_behind()
+
+
 def test_completion(home: Home, talk: Window) -> None:
     (home.folder / "unmistakable.txt").write_text("words")
     for start, whole in (("/cle", "/clear"), ("/read unmis", "/read unmistakable.txt")):
@@ -357,162 +297,3 @@ def test_what_is_typed_during_a_reply_comes_after_it(home: Home, talk: Window) -
     talk.type(CTRL_C)
     talk.wait(talk.waiting, "emptied")
     assert "typed" not in home.saved(talk)[1]
-
-
-# --- the window -----------------------------------------------------------------------------------
-
-
-def test_resize_while_a_message_is_written(home: Home, talk: Window) -> None:
-    words = [f"word{n}" for n in range(40)]
-    brief(talk)
-    row = talk.screen.row
-    try:
-        talk.type(" ".join(words[:20]))
-        talk.sees("word19", row)
-        talk.resize(38, 20)
-        talk.type(" " + " ".join(words[20:30]))
-        talk.wait(lambda: shows(talk.display(), "".join(words[25:30])), "redrawn")
-        talk.resize(130, 45)
-        talk.type(" " + " ".join(words[30:]))
-        talk.wait(lambda: shows(talk.display(), "".join(words[35:])), "redrawn")
-        assert shows(talk.display(), "".join(words))
-        talk.enter("")
-    finally:
-        talk.resize(100, 40)
-    assert home.saved(talk)[0] == " ".join(words)
-
-
-def test_resize_while_it_writes(home: Home, talk: Window) -> None:
-    talk.enter("/set max_tokens 120")
-    editors, row, start = talk.screen.editors, talk.screen.row, len(talk.raw)
-    talk.type(LONG + "\r")
-    talk.sees(BEGUN, row)
-    try:
-        for columns, rows in ((60, 20), (140, 50), (25, 8)):
-            seen = len(talk.raw)
-            talk.resize(columns, rows)
-            talk.wait(lambda seen=seen: len(talk.raw) > seen + 20, "gone on")
-        talk.prompted(editors)
-    finally:
-        talk.resize(100, 40)
-    said = home.saved(talk)
-    assert shows(talk.raw[start:].decode(), said[1])
-    assert "reply 1 token" in brief(talk).enter("Go on.")
-
-
-def test_a_narrow_window(home: Home) -> None:
-    with home.window("-n", "20", columns=20, rows=10) as window:
-        window.prompted()
-        question = "Who are you, and what is your name?"
-        seen = window.enter(question)
-        assert shows(window.text(), question)
-        said = home.saved(window)
-        assert said[0] == question and shows(window.text(), said[1])
-        assert "Traceback" not in seen
-        window.type("/exit\r")
-        assert window.status() == 0
-
-
-@pytest.mark.parametrize("colours", [True, False])
-def test_colours(home: Home, colours: bool) -> None:
-    with home.window("-n", "5", **({} if colours else {"NO_COLOR": "1"})) as window:
-        window.prompted()
-        window.enter("Hello.")
-        window.enter("/why")
-        window.type(CTRL_D)
-        assert window.status() == 0
-        styles = {code for codes in re.findall(rb"\x1b\[([\d;]*)m", window.raw) for code in [codes]}
-        assert (styles <= {b"", b"0"}) is not colours, styles
-
-
-def test_a_dumb_terminal(home: Home) -> None:
-    with home.window("-n", "5", TERM="dumb") as window:
-        window.sees(">>>")
-        window.type("Hello.\r")
-        window.sees(r"reply 5 tokens(?s:.*)>>>")
-        window.type("/exit\r")
-        assert window.status() == 0
-        assert ESCAPE not in window.raw, window.raw
-
-
-# --- pipes ----------------------------------------------------------------------------------------
-
-
-def piped(home: Home, message: bytes, *arguments: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [*CHAT, *GREEDY, *arguments],
-        input=message,
-        capture_output=True,
-        env=home.environment(),
-        cwd=home.folder,
-        timeout=120,
-    )
-
-
-def test_one_turn_from_a_pipe(home: Home) -> None:
-    done = piped(home, "Who are\nyou, é?\n".encode(), "-n", "20")
-    assert done.returncode == 0
-    assert len(done.stdout) > 20 and ESCAPE not in done.stdout + done.stderr
-    assert b">>>" not in done.stdout + done.stderr
-    document = json.loads(piped(home, "Who are\nyou, é?\n".encode(), "-n", "20", "--json").stdout)
-    assert document["messages"][0]["content"] == "Who are\nyou, é?"
-    assert document["messages"][1]["content"].strip() == done.stdout.decode().strip()
-    assert piped(home, b"\n").returncode == 2
-
-
-def test_stdout_has_the_models_words_alone(home: Home) -> None:
-    command = f"exec {' '.join(CHAT)} {' '.join(GREEDY)} -n 20 > words.txt"
-    with home.shell(["/bin/sh", "-c", command]) as window:
-        window.prompted()
-        for message in ("Hello! Who are you?", "And what is a fox?"):
-            window.enter(message)
-        window.enter("/stats")
-        said = home.saved(window)
-        window.type(CTRL_D)
-        assert window.status() == 0
-    words = (home.folder / "words.txt").read_bytes()
-    assert ESCAPE not in words
-    assert words.decode() == "".join(reply + "\n" for reply in said[1::2])
-
-
-# --- ends that others bring -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("busy", [False, True], ids=["at the prompt", "in a reply"])
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP", "closed"])
-def test_the_end_comes_from_outside(home: Home, end: str, busy: bool) -> None:
-    with home.window() as window:
-        window.prompted()
-        if busy:
-            window.type(LONG + "\r")
-            window.sees(BEGUN)
-        begun = time.monotonic()
-        if end == "closed":
-            assert window.hang_up() != 0
-        else:
-            os.kill(window.child.pid, getattr(signal, end))
-            assert window.status() != 0
-            assert "Traceback" not in window.text()
-        assert time.monotonic() - begun < 30
-
-
-def test_ctrl_z_and_fg(home: Home) -> None:
-    """A job of a shell is stopped amid a reply, and goes on."""
-    with home.shell(["/bin/bash", "--norc", "--noprofile", "-i"], PS1="shell$ ") as window:
-        window.sees(r"shell\$")
-        window.type(f"{' '.join(CHAT)} {' '.join(GREEDY)} -n 120\r")
-        window.prompted(1)
-        row = window.screen.row
-        window.type(LONG + "\r")
-        window.sees(BEGUN, row)
-        window.type(CTRL_Z)
-        window.sees(r"Stopped(?s:.*)shell\$", row)
-        editors = window.screen.editors
-        window.type("fg\r")
-        window.prompted(editors)
-        said = home.saved(window)
-        assert len(said[1]) > 100 and shows(window.text(row), said[1][-40:])
-        window.type("/exit\r")
-        window.sees(r"shell\$ *$")
-        window.type("echo status $?; exit\r")
-        window.sees("status 0")
