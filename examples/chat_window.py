@@ -35,7 +35,7 @@ class Window(tk.Tk):
     def __init__(self, talk: Talk) -> None:
         super().__init__()
         self.talk, self.context = talk, 0
-        self.times: list[float] = []  # when the reply's tokens came
+        self.tokens, self.started = 0, 0.0  # of the reply
         self.title("edgellama")
         self.geometry("760x600")
         nametofont("TkTextFont").configure(size=11)
@@ -115,13 +115,16 @@ class Window(tk.Tk):
             self.entry.delete("1.0", "end")
             self._write(question + "\n", "you")
             self.talk.ask(question, POLICIES[self.policy.get()])
-            self.times.clear()
+            self.tokens = 0
             self._now("Reading…", cancel=True)
         return "break"  # the key itself writes nothing
 
     def _poll(self) -> None:
-        for _ in range(self.talk.events.qsize()):
-            self._show(*self.talk.events.get())
+        events = [self.talk.events.get() for _ in range(self.talk.events.qsize())]
+        if text := [value for what, value in events if what == "text"]:
+            self._text(text)  # all in one piece: nothing else can come between
+        for what, value in events:
+            self._show(what, value)
         self.after(20, self._poll)
 
     def _show(self, what: str, value: Any) -> None:
@@ -132,19 +135,22 @@ class Window(tk.Tk):
             self.context = value.context
             self.name.configure(text=value.path.stem)
             self._now(f"Ready; {value.context:,} tokens of context", send=True)
-        elif what == "text":
-            self._write(value, "model")
-            self.times = [*self.times[-50:], perf_counter()]
-            rate = (len(self.times) - 1) / (self.times[-1] - self.times[0] + 1e-9)
-            self.status.configure(text=f"Answering… {rate:.0f} tokens a second")
         elif what == "done":
             self._done(value)
         elif what == "cleared":
             self._write("", "note", start="1.0")
             self._now("A new conversation", send=True)
-        else:  # "failed", or "broken" for good
+        elif what in ("failed", "broken"):
             self._write(value + "\n", "error")
             self._now("", send=what == "failed")
+
+    def _text(self, pieces: list[str]) -> None:
+        self._write("".join(pieces), "model")
+        if not self.tokens:
+            self.started = perf_counter() - 0.02  # the first came since the last look
+        self.tokens += len(pieces)
+        seconds = perf_counter() - self.started
+        self.status.configure(text=f"Answering… {self.tokens / seconds:.0f} tokens a second")
 
     def _done(self, last: edgellama.Chunk) -> None:
         usage = last.usage

@@ -11,7 +11,7 @@ from typing import Any
 
 import edgellama
 
-SAMPLING = edgellama.Sampling(temperature=0.2, top_p=0.9)
+SAMPLING = edgellama.Sampling(temperature=0.4, top_p=0.9, repetition_penalty=1.1)
 
 
 class Talk:

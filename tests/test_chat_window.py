@@ -33,6 +33,8 @@ def screen() -> Iterator[str]:
         assert server.stdout is not None
         number = server.stdout.readline().decode().strip()
         assert number, "Xvfb did not start"
+        display = os.environ | {"DISPLAY": f":{number}"}
+        subprocess.run(["xdotool", "mousemove", "1", "1"], env=display, check=True, timeout=HANG)
         yield f":{number}"
         server.terminate()
 

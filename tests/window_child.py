@@ -80,7 +80,9 @@ def _middle(part: Any) -> tuple[int, int]:
 
 if __name__ == "__main__":
     talk = Talk(sys.argv[1])
-    watched = Watched(Window(talk))
-    watched.window.mainloop()
+    window = Window(talk)
+    window.update()  # it appears: what follows is work and waiting
+    watched = Watched(window)
+    window.mainloop()
     talk.close()
     print(json.dumps({"ended": not talk._thread.is_alive(), "gap": watched.gap}), flush=True)
