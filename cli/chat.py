@@ -6,6 +6,7 @@ At a terminal, messages and commands are read one by one; from a pipe, all of st
 import contextlib
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from edgellama.cli import report
 from edgellama.cli.commands import COMMANDS, obey
@@ -19,6 +20,9 @@ from edgellama.cli.templates import asked_template
 from edgellama.cli.terminal import Terminal, Terminated
 from edgellama.errors import EdgeLlamaError
 from edgellama.paths import DEFAULT_MODEL, model_file
+
+if TYPE_CHECKING:
+    from edgellama.model import Model
 
 
 def start_chat(
@@ -36,23 +40,31 @@ def start_chat(
     asked, settings = asked_template(template), Settings.of(wording, overflow)
     live = sys.stdin is not None and sys.stdin.isatty()
     message = None if live else checked_prompt(stdin_text(terminal))
-    if name is None:
-        name = DEFAULT_MODEL
-        if not model_file(name).is_file():
-            terminal.note(f"Fetching {name}, this once.")
-            pull_model(terminal, name)
-    with load_model(terminal, name, how) as model:
+    keyboard = Keyboard(terminal, COMMANDS) if live else None
+    with keyboard.hushed() if keyboard else contextlib.nullcontext():
+        model = _loaded(terminal, name, how)
+    with model:
         conversation = Conversation(terminal, model, settings, system, asked, markdown)
         chat = Chat(conversation, stats)
         terminal.note(report.first_screen(model, asked))
-        if message is None:
-            chat.converse()
-        else:
+        if keyboard is not None:
+            chat.converse(keyboard)
+        elif message is not None:
             chat.say(message)
         if terminal.json:
             terminal.document(chat.conversation.document())
     if message is not None and chat.conversation.replies[-1].interrupted:
         raise KeyboardInterrupt
+
+
+def _loaded(terminal: Terminal, name: str | None, how: Running) -> "Model":
+    """The model of that name; the default one is fetched if it is not here."""
+    if name is None:
+        name = DEFAULT_MODEL
+        if not model_file(name).is_file():
+            terminal.note(f"Fetching {name}, this once.")
+            pull_model(terminal, name)
+    return load_model(terminal, name, how)
 
 
 class Chat:
@@ -67,12 +79,12 @@ class Chat:
         self._future = ""  # what was said of the next message
         self._keyboard: Keyboard | None = None
 
-    def converse(self) -> None:
+    def converse(self, keyboard: Keyboard) -> None:
         """Until the person leaves. KeyboardInterrupt: by Ctrl-C."""
-        self._keyboard = Keyboard(self.terminal, COMMANDS)
+        self._keyboard = keyboard
         going = True
         while going:
-            text = self._keyboard.message(empty=self.conversation.can_go_on)
+            text = keyboard.message(empty=self.conversation.can_go_on)
             going = text is not None and self.take(text)
 
     def take(self, text: str) -> bool:

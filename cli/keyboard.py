@@ -67,7 +67,7 @@ class Keyboard:
 
     @contextlib.contextmanager
     def hushed(self) -> Iterator[None]:
-        """What is typed meanwhile is not shown amid the reply, but at the next prompt.
+        """What is typed meanwhile is not shown amid a bar or a reply, but at the next prompt.
 
         Ctrl-C still interrupts. Without an editor, the terminal itself shows and keeps the lines.
         """

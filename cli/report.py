@@ -67,9 +67,9 @@ def _device(model: "Model") -> str:
 def resident_bytes() -> int | None:
     """Memory that this process holds now; None where the system does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        import resource
-
         pages = int(Path("/proc/self/statm").read_text().split()[1])
+        import resource  # there is none on Windows, nor that file
+
         return pages * resource.getpagesize()
     return None
 

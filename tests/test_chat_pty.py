@@ -297,3 +297,13 @@ def test_what_is_typed_during_a_reply_comes_after_it(home: Home, talk: Window) -
     talk.type(CTRL_C)
     talk.wait(talk.waiting, "emptied")
     assert "typed" not in home.saved(talk)[1]
+
+
+def test_what_is_typed_while_it_loads_is_a_message_too(home: Home) -> None:
+    with home.window("-n", "1") as window:
+        window.wait(lambda: not window.child.getecho(), "silent")
+        window.type("Hello.\r")
+        window.sees("reply 1 token")
+        window.prompted()
+        assert window.text().count("Hello.") == 1
+        assert home.saved(window)[0] == "Hello."
