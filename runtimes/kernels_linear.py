@@ -19,7 +19,7 @@ from edgellama.runtimes.kernels import argument
 from edgellama.runtimes.repack import LAYOUTS, Layout
 
 WORD, LANES, TILE = abi.WORD, abi.LANES, abi.TILE
-AHEAD = 2304  # bytes; where prefetching pays most on the machines measured
+AHEAD = 5120  # bytes; where prefetching pays most on the machines measured
 
 Kernel = Callable[[int, int, int, int, int], None]
 
@@ -35,6 +35,7 @@ def put(total: Any, y: int, accumulate: int) -> None:
 def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
     """The matrix product of one weight type, from its pieces."""
     block_bytes, record_bytes, records = layout.block_bytes, layout.record_bytes, layout.records
+    share = block_bytes // records
 
     @inline
     def one_token(w: int, blocks: int, x: int) -> Any:
@@ -42,9 +43,9 @@ def _linear(load: Any, dot: Any, layout: Layout, fine: int) -> Kernel:
         total = simd.splat_f32(float32(0.0))
         for block in range(blocks):
             p = w + block * block_bytes
-            for line in range(0, block_bytes, 64):
-                memory.prefetch(p + AHEAD + line)
             for i in range(records):
+                for line in range(0, share, 64):  # a few at a time: many would wait for each other
+                    memory.prefetch(p + AHEAD + i * share + line)
                 record = x + (block * records + i) * record_bytes
                 total = dot(load(p, i), record, total, fine)
         return total

@@ -86,11 +86,19 @@ def record_scale(x: int, half: int, fine: int) -> Any:
 
 
 @inline
-def scaled(whole: Any, scales: Any, x: int, total: Any, fine: int) -> Any:
-    """total + integer products of both halves times the record's scales times the rows'."""
+def scaled(whole: Any, scales: Any, x: int, total: Any, fine: int, offset: int) -> Any:
+    """total + integer products of both halves times the record's scales times the rows'.
+
+    What codes stored `offset` too high add is taken off here, from both halves at once.
+    """
     a, b = whole
-    left = simd.mul(simd.to_f32(a), simd.splat_f32(record_scale(x, 0, fine)))
-    both = simd.fma(simd.to_f32(b), simd.splat_f32(record_scale(x, 1, fine)), left)
+    first, second = record_scale(x, 0, fine), record_scale(x, 1, fine)
+    left = simd.mul(simd.to_f32(a), simd.splat_f32(first))
+    if offset != 0:
+        sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
+        excess = simd.splat_f32(float32(-offset) * memory.load_f32(x + sum_at))
+        left = simd.fma(simd.to_f32(a), simd.splat_f32(first), excess)
+    both = simd.fma(simd.to_f32(b), simd.splat_f32(second), left)
     return simd.fma(both, scales, total)
 
 
@@ -110,7 +118,7 @@ def load_q4_0(p: int, i: int) -> Any:
 @inline
 def dot_q4_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    return scaled(dot_small(codes, x, 8, fine), scales, x, total, fine)
+    return scaled(dot_small(codes, x, 0, fine), scales, x, total, fine, 8)
 
 
 @inline
@@ -129,7 +137,7 @@ def load_q4_1(p: int, i: int) -> Any:
 def dot_minimum(weights: Any, x: int, total: Any, fine: int) -> Any:
     """Codes with one scale and one minimum for all 32 columns."""
     codes, scales, minima = weights
-    total = scaled(dot_small(codes, x, 0, fine), scales, x, total, fine)
+    total = scaled(dot_small(codes, x, 0, fine), scales, x, total, fine, 0)
     sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
     return simd.fma(minima, simd.splat_f32(memory.load_f32(x + sum_at)), total)
 
@@ -160,7 +168,7 @@ def load_q8_0(p: int, i: int) -> Any:
 @inline
 def dot_q8_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    return scaled(dot_large(codes, x, 128, fine), scales, x, total, fine)
+    return scaled(dot_large(codes, x, 0, fine), scales, x, total, fine, 128)
 
 
 @inline

@@ -114,8 +114,7 @@ def load_q5_0(p: int, i: int) -> Any:
 @inline
 def dot_q5_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    whole = dot_small(codes, x, 16, fine)
-    return scaled(whole, scales, x, total, fine)
+    return scaled(dot_small(codes, x, 0, fine), scales, x, total, fine, 16)
 
 
 @inline
@@ -161,8 +160,7 @@ def load_iq4_nl(p: int, i: int) -> Any:
 @inline
 def dot_iq4_nl(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    whole = dot_large(codes, x, 128, fine)
-    return scaled(whole, scales, x, total, fine)
+    return scaled(dot_large(codes, x, 0, fine), scales, x, total, fine, 128)
 
 
 @inline

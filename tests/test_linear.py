@@ -64,17 +64,21 @@ def activations(memory: Arena, kernel: str, tokens: int, columns: int, seed: int
 
 
 def codes_of(kind: str, raw: Array) -> tuple[Array, Array, Array]:
-    """(codes less their offset, scales, minima) as float64, each with rows and blocks first."""
+    """(codes, scales, minima) as float64, each with rows and blocks first.
+
+    Codes stored too high to be unsigned are those of a minimum below zero.
+    """
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
     blocks = raw.reshape(len(raw), -1, size)
     halves = np.ascontiguousarray(blocks[..., : 4 if kind == "Q4_1" else 2]).view(np.float16)
     halves = halves.astype(np.float64)
     if kind == "Q8_0":
-        return blocks[..., 2:].view(np.int8).astype(np.float64), halves[..., 0], 0 * halves[..., 0]
+        codes = blocks[..., 2:].view(np.int8).astype(np.float64) + 128
+        return codes, halves[..., 0], -128 * halves[..., 0]
     packed = blocks[..., halves.shape[-1] * 2 :]
     codes = np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float64)
     if kind == "Q4_0":
-        return codes - 8, halves[..., 0], 0 * halves[..., 0]
+        return codes, halves[..., 0], -8 * halves[..., 0]
     return codes, halves[..., 0], halves[..., 1]
 
 
