@@ -85,6 +85,7 @@ class Keyboard:
         now = list(before)
         now[0] &= ~termios.ICRNL  # Enter arrives as the editor expects it
         now[3] &= ~(termios.ECHO | termios.ICANON)
+        now[3] |= termios.NOFLSH  # Ctrl-C would drop words that are on their way to the screen
         termios.tcsetattr(number, termios.TCSANOW, now)
         try:
             yield

@@ -69,7 +69,8 @@ class Home:
     def talk(self) -> Window:
         """A chat that has said nothing yet: tests share its window, one after the other."""
         if not self.shared or not self.shared[-1].waiting():
-            self.shared.append(self.window())
+            # a single thread: no machine is so fast that nothing can be interrupted
+            self.shared.append(self.window("--threads", "1"))
             self.shared[-1].prompted()
         for command in ("/clear", "/system -", "/set max_tokens default"):
             self.shared[-1].enter(command)

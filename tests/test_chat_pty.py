@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,18 @@ import pytest
 if os.name != "posix":
     pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 
-from pseudoterminal import ALT_ENTER, BACKSPACE, CTRL_C, CTRL_D, LEFT, PASTE, TAB, UP, Window
+from pseudoterminal import (
+    ALT_ENTER,
+    BACKSPACE,
+    CTRL_C,
+    CTRL_D,
+    LEFT,
+    PASTE,
+    PATIENCE,
+    TAB,
+    UP,
+    Window,
+)
 from terminalhome import BEGUN, LONG, Home, at_home, brief, shows, squeezed
 
 
@@ -172,7 +184,9 @@ def test_ctrl_c_while_it_loads(home: Home) -> None:
         pytest.skip("needs /proc to see which file is open")
     with home.window() as window:
         pid = window.child.pid
-        window.wait(lambda: any(name.endswith(".gguf") for name in open_files(pid)), "loading")
+        deadline = time.monotonic() + PATIENCE
+        while not any(name.endswith(".gguf") for name in open_files(pid)):  # soon closed again
+            assert time.monotonic() < deadline
         os.kill(pid, signal.SIGSTOP)
         window.type(CTRL_C)
         os.kill(pid, signal.SIGCONT)
