@@ -90,6 +90,12 @@ class Device:
         dtype = require_choice("dtype", options.dtype or HALVES[0], HALVES)
         return Manner(dtype, candidates=CANDIDATES)
 
+    def reason(self, options: Options) -> str:
+        """Why it is this one."""
+        if options.device == self.name:
+            return "asked for"
+        return "auto is the CPU; device='cuda' for an NVIDIA GPU"
+
     def check(self, session: Any) -> None:
         """The session must run where it was asked to: ONNX Runtime itself would fall back."""
         found = session.get_providers()

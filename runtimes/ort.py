@@ -105,6 +105,7 @@ class Ort:
             "kv_type": {"float32": "f32", "float16": "f16"}.get(self.manner.dtype, "bf16"),
             "weights": list(self.folder.notes),
             "telemetry": self.telemetry,
+            "reason": self.device.reason(self.options),
             "bytes": self.memory(),
         }
 
