@@ -44,15 +44,15 @@ DONE = 64
 #
 # For integer products 32 columns each, as two halves of 16 with a scale of their own (half the
 # error of one scale for 32). An activation is scale * (high + low / 128), two signed bytes; plain
-# products take the high ones alone, fine products both. 32 high bytes, 32 low bytes; of each half
-# f32 scale, i32 sum of the high bytes, i32 sum of the low ones; f32 sum of scale * high, and of
-# scale * (high + low / 128).
+# products take the high ones alone, fine products both. 32 high bytes, 32 low bytes; then f32: both
+# scales; sums of scale * high, of each half; sums of scale * (high + low / 128), of each half; the
+# former and the latter of all 32.
 #
 # For float products 8 columns each. For tiles 32 columns each, rounded to bfloat16, with room for a
 # multiple of TILE tokens.
 Q8_RECORD = 96
-Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = 32, 64, 72, 80
-Q8_SCALED_SUM, Q8_FINE_SUM = 88, 92
+Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_FINE_SUMS = 32, 64, 72, 80
+Q8_SUM, Q8_FINE_SUM = 88, 92
 F32_RECORD, F32_COLUMNS = 32, 8
 BF16_RECORD = 64
 

@@ -72,12 +72,12 @@ def pack_q8_half(x: Any, record: int, half: int) -> Any:
     low = simd.sub(both, simd.shift_left(high, 7))  # -64..63
     memory.store_as_i8x16(record + half * LANES, high)
     memory.store_as_i8x16(record + abi.Q8_LOW + half * LANES, low)
-    high_sum, low_sum = simd.sum_i32(high), simd.sum_i32(low)
+    coarse = scale * float32(simd.sum_i32(high))
+    fine = coarse + scale * float32(simd.sum_i32(low)) * float32(1.0 / 128.0)
     memory.store_f32(record + abi.Q8_SCALES + half * 4, scale)
-    memory.store_i32(record + abi.Q8_SUMS + half * 4, high_sum)
-    memory.store_i32(record + abi.Q8_LOW_SUMS + half * 4, low_sum)
-    coarse = scale * float32(high_sum)
-    return coarse, coarse + scale * float32(low_sum) * float32(1.0 / 128.0)
+    memory.store_f32(record + abi.Q8_SUMS + half * 4, coarse)
+    memory.store_f32(record + abi.Q8_FINE_SUMS + half * 4, fine)
+    return coarse, fine
 
 
 @inline
@@ -85,7 +85,7 @@ def pack_q8(a: Any, b: Any, record: int) -> None:
     """32 columns as one record for integer products."""
     first, first_fine = pack_q8_half(a, record, 0)
     second, second_fine = pack_q8_half(b, record, 1)
-    memory.store_f32(record + abi.Q8_SCALED_SUM, first + second)
+    memory.store_f32(record + abi.Q8_SUM, first + second)
     memory.store_f32(record + abi.Q8_FINE_SUM, first_fine + second_fine)
 
 

@@ -16,8 +16,6 @@ from edgellama.runtimes import abi, memory, simd
 from edgellama.runtimes.compiler import inline
 
 LANES = abi.LANES
-Q8_LOW, Q8_SCALES, Q8_SUMS, Q8_LOW_SUMS = abi.Q8_LOW, abi.Q8_SCALES, abi.Q8_SUMS, abi.Q8_LOW_SUMS
-Q8_SCALED_SUM, Q8_FINE_SUM = abi.Q8_SCALED_SUM, abi.Q8_FINE_SUM
 
 
 @inline
@@ -37,20 +35,15 @@ def load_nibbles(p: int) -> Any:
     )
 
 
-@inline
-def minus_sum(x: int, at: int, offset: int) -> Any:
-    """What codes stored `offset` too high add to a product, taken off beforehand."""
-    return simd.splat_i32(int32(-offset * memory.load_i32(x + Q8_SUMS + at)))
-
-
 def _products(dot4: Any) -> Any:
     """Codes times a record's activations, by one of `simd.dot4` and `simd.dot4_small`."""
 
     @inline
-    def halves(codes: Any, x: int, first: Any, second: Any) -> Any:
-        """first + codes times bytes 0..15, second + times bytes 16..31: two chains in flight."""
-        a = dot4(first, codes[0], memory.splat_4bytes(x))
-        b = dot4(second, codes[4], memory.splat_4bytes(x + 16))
+    def halves(codes: Any, x: int) -> Any:
+        """Codes times bytes 0..15, and times bytes 16..31: two chains in flight."""
+        zero = simd.splat_i32(int32(0))
+        a = dot4(zero, codes[0], memory.splat_4bytes(x))
+        b = dot4(zero, codes[4], memory.splat_4bytes(x + 16))
         a = dot4(a, codes[1], memory.splat_4bytes(x + 4))
         b = dot4(b, codes[5], memory.splat_4bytes(x + 20))
         a = dot4(a, codes[2], memory.splat_4bytes(x + 8))
@@ -60,13 +53,11 @@ def _products(dot4: Any) -> Any:
         return a, b
 
     @inline
-    def dot(codes: Any, x: int, offset: int, fine: int) -> Any:
-        """Codes stored `offset` too high times the activations, by halves; times 128 if fine."""
-        a, b = halves(codes, x, minus_sum(x, 0, offset), minus_sum(x, 4, offset))
+    def dot(codes: Any, x: int, fine: int) -> Any:
+        """Codes times the activations, by halves; times 128 if fine."""
+        a, b = halves(codes, x)
         if fine != 0:
-            low = Q8_LOW_SUMS - Q8_SUMS
-            first, second = minus_sum(x, low, offset), minus_sum(x, low + 4, offset)
-            c, d = halves(codes, x + Q8_LOW, first, second)
+            c, d = halves(codes, x + abi.Q8_LOW)
             a = simd.add(simd.shift_left(a, 7), c)
             b = simd.add(simd.shift_left(b, 7), d)
         return a, b
@@ -79,26 +70,39 @@ dot_large = _products(simd.dot4)  # codes up to 255
 
 
 @inline
-def record_scale(x: int, half: int, fine: int) -> Any:
-    """What a product of 16 columns is to be multiplied by."""
-    scale = memory.load_f32(x + Q8_SCALES + half * 4)
-    return scale * float32(1.0 / 128.0) if fine != 0 else scale
+def record_scale(x: int, half: int) -> Any:
+    """What a product of 16 columns is to be multiplied by, and by 1 / 128 if fine."""
+    return simd.splat_f32(memory.load_f32(x + abi.Q8_SCALES + half * 4))
+
+
+@inline
+def record_sum(x: int, fine: int) -> Any:
+    """The sum of a record's activations."""
+    return simd.splat_f32(memory.load_f32(x + (abi.Q8_FINE_SUM if fine != 0 else abi.Q8_SUM)))
+
+
+@inline
+def half_sum(x: int, half: int, fine: int) -> Any:
+    """The sum of 16 of them."""
+    sums = abi.Q8_FINE_SUMS if fine != 0 else abi.Q8_SUMS
+    return simd.splat_f32(memory.load_f32(x + sums + half * 4))
 
 
 @inline
 def scaled(whole: Any, scales: Any, x: int, total: Any, fine: int, offset: int) -> Any:
     """total + integer products of both halves times the record's scales times the rows'.
 
-    What codes stored `offset` too high add is taken off here, from both halves at once.
+    What codes stored `offset` too high add is taken off here.
     """
-    a, b = whole
-    first, second = record_scale(x, 0, fine), record_scale(x, 1, fine)
-    left = simd.mul(simd.to_f32(a), simd.splat_f32(first))
+    excess = simd.splat_f32(float32(0.0))
     if offset != 0:
-        sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
-        excess = simd.splat_f32(float32(-offset) * memory.load_f32(x + sum_at))
-        left = simd.fma(simd.to_f32(a), simd.splat_f32(first), excess)
-    both = simd.fma(simd.to_f32(b), simd.splat_f32(second), left)
+        excess = simd.mul(record_sum(x, fine), simd.splat_f32(float32(-offset)))
+    a, b = simd.to_f32(whole[0]), simd.to_f32(whole[1])
+    if fine != 0:
+        both = simd.fma(b, record_scale(x, 1), simd.mul(a, record_scale(x, 0)))
+        both = simd.fma(both, simd.splat_f32(float32(1.0 / 128.0)), excess)
+    else:
+        both = simd.fma(b, record_scale(x, 1), simd.fma(a, record_scale(x, 0), excess))
     return simd.fma(both, scales, total)
 
 
@@ -118,7 +122,7 @@ def load_q4_0(p: int, i: int) -> Any:
 @inline
 def dot_q4_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    return scaled(dot_small(codes, x, 0, fine), scales, x, total, fine, 8)
+    return scaled(dot_small(codes, x, fine), scales, x, total, fine, 8)
 
 
 @inline
@@ -137,9 +141,8 @@ def load_q4_1(p: int, i: int) -> Any:
 def dot_minimum(weights: Any, x: int, total: Any, fine: int) -> Any:
     """Codes with one scale and one minimum for all 32 columns."""
     codes, scales, minima = weights
-    total = scaled(dot_small(codes, x, 0, fine), scales, x, total, fine, 0)
-    sum_at = Q8_FINE_SUM if fine != 0 else Q8_SCALED_SUM
-    return simd.fma(minima, simd.splat_f32(memory.load_f32(x + sum_at)), total)
+    total = scaled(dot_small(codes, x, fine), scales, x, total, fine, 0)
+    return simd.fma(minima, record_sum(x, fine), total)
 
 
 @inline
@@ -168,7 +171,7 @@ def load_q8_0(p: int, i: int) -> Any:
 @inline
 def dot_q8_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    return scaled(dot_large(codes, x, 0, fine), scales, x, total, fine, 128)
+    return scaled(dot_large(codes, x, fine), scales, x, total, fine, 128)
 
 
 @inline

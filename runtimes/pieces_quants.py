@@ -7,22 +7,20 @@ all this; `pieces.py` says what a piece is.
 
 from typing import Any
 
-from numba import float32, int32
+from numba import float32
 
-from edgellama.runtimes import abi, memory, simd
+from edgellama.runtimes import memory, simd
 from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.pieces import (
     dot_large,
     dot_minimum,
     dot_small,
+    half_sum,
     load_nibbles,
     nibble,
     record_scale,
     scaled,
 )
-
-Q8_SUMS, Q8_LOW_SUMS = abi.Q8_SUMS, abi.Q8_LOW_SUMS
-
 
 # --- planes: bits of 16 rows by 32 columns, a byte for each row and column modulo 4 ---------------
 
@@ -95,12 +93,24 @@ def half(p: int, lane: int) -> Any:
 
 
 @inline
-def scaled_halves(whole: Any, first: Any, second: Any, x: int, total: Any, fine: int) -> Any:
+def scaled_half(whole: Any, x: int, half: int, fine: int, offset: int) -> Any:
+    """A half's integer product times the record's scale, less what an offset of codes adds."""
+    excess = simd.splat_f32(float32(0.0))
+    if offset != 0:
+        excess = simd.mul(half_sum(x, half, fine), simd.splat_f32(float32(-offset)))
+    if fine == 0:
+        return simd.fma(simd.to_f32(whole), record_scale(x, half), excess)
+    product = simd.mul(simd.to_f32(whole), record_scale(x, half))
+    return simd.fma(product, simd.splat_f32(float32(1.0 / 128.0)), excess)
+
+
+@inline
+def scaled_halves(
+    whole: Any, first: Any, second: Any, x: int, total: Any, fine: int, offset: int
+) -> Any:
     """total + products of columns 0..15 by one scale of the rows and of 16..31 by another."""
-    a, b = whole
-    s, t = record_scale(x, 0, fine), record_scale(x, 1, fine)
-    left = simd.mul(simd.mul(simd.to_f32(a), simd.splat_f32(s)), first)
-    return simd.add(total, simd.fma(simd.mul(simd.to_f32(b), simd.splat_f32(t)), second, left))
+    left = simd.mul(scaled_half(whole[0], x, 0, fine, offset), first)
+    return simd.add(total, simd.fma(scaled_half(whole[1], x, 1, fine, offset), second, left))
 
 
 # --- Q5_0: 16 f16 scales, nibbles, fifth bits; codes 16 too high ----------------------------------
@@ -114,7 +124,7 @@ def load_q5_0(p: int, i: int) -> Any:
 @inline
 def dot_q5_0(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    return scaled(dot_small(codes, x, 0, fine), scales, x, total, fine, 16)
+    return scaled(dot_small(codes, x, fine), scales, x, total, fine, 16)
 
 
 @inline
@@ -160,7 +170,7 @@ def load_iq4_nl(p: int, i: int) -> Any:
 @inline
 def dot_iq4_nl(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, scales = weights
-    return scaled(dot_large(codes, x, 0, fine), scales, x, total, fine, 128)
+    return scaled(dot_large(codes, x, fine), scales, x, total, fine, 128)
 
 
 @inline
@@ -227,8 +237,7 @@ def load_q6_k(p: int, i: int) -> Any:
 @inline
 def dot_q6_k(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, first, second = weights
-    whole = dot_small(codes, x, 32, fine)
-    return scaled_halves(whole, first, second, x, total, fine)
+    return scaled_halves(dot_small(codes, x, fine), first, second, x, total, fine, 32)
 
 
 @inline
@@ -260,8 +269,7 @@ def load_q3_k(p: int, i: int) -> Any:
 @inline
 def dot_q3_k(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, first, second = weights
-    whole = dot_small(codes, x, 4, fine)
-    return scaled_halves(whole, first, second, x, total, fine)
+    return scaled_halves(dot_small(codes, x, fine), first, second, x, total, fine, 4)
 
 
 @inline
@@ -269,15 +277,6 @@ def decode_q3_k(p: int, lane: int, column: int) -> Any:
     q, c = p + HEADER_1 + column // 32 * Q3_K, column % 32
     code = pair(q + 32, lane, c) + 4 * bit(q + 160, lane, c) - 4
     return signed_scale(p, q, lane, c) * float32(code)
-
-
-@inline
-def half_sum(x: int, half: int, fine: int) -> Any:
-    """The sum of a record's 16 activations."""
-    total = memory.load_i32(x + Q8_SUMS + half * 4)
-    if fine != 0:
-        total = total * int32(128) + memory.load_i32(x + Q8_LOW_SUMS + half * 4)
-    return record_scale(x, half, fine) * float32(total)
 
 
 # Q2_K: a byte holds a half block's scale (low nibble) and minimum (high nibble).
@@ -298,10 +297,9 @@ def load_q2_k(p: int, i: int) -> Any:
 @inline
 def dot_q2_k(weights: Any, x: int, total: Any, fine: int) -> Any:
     codes, first, second, least, other_least = weights
-    whole = dot_small(codes, x, 0, fine)
-    total = scaled_halves(whole, first, second, x, total, fine)
-    total = simd.fma(least, simd.splat_f32(half_sum(x, 0, fine)), total)
-    return simd.fma(other_least, simd.splat_f32(half_sum(x, 1, fine)), total)
+    total = scaled_halves(dot_small(codes, x, fine), first, second, x, total, fine, 0)
+    total = simd.fma(least, half_sum(x, 0, fine), total)
+    return simd.fma(other_least, half_sum(x, 1, fine), total)
 
 
 @inline

@@ -166,8 +166,8 @@ class Q8(NamedTuple):
     low: Array
     scales: Array  # (tokens, blocks, 2)
     sums: Array
-    low_sums: Array
-    scaled_sum: Array  # (tokens, blocks)
+    fine_sums: Array
+    sum: Array  # (tokens, blocks)
     fine_sum: Array
 
 
@@ -175,21 +175,26 @@ _FIELDS = (  # where each lies, its type and its shape in a block
     (0, np.int8, (2, 16)),
     (abi.Q8_LOW, np.int8, (2, 16)),
     (abi.Q8_SCALES, np.float32, (2,)),
-    (abi.Q8_SUMS, np.int32, (2,)),
-    (abi.Q8_LOW_SUMS, np.int32, (2,)),
-    (abi.Q8_SCALED_SUM, np.float32, ()),
+    (abi.Q8_SUMS, np.float32, (2,)),
+    (abi.Q8_FINE_SUMS, np.float32, (2,)),
+    (abi.Q8_SUM, np.float32, ()),
     (abi.Q8_FINE_SUM, np.float32, ()),
 )
 
 
+def half_sums(high: Array, low: Array, scales: Array) -> tuple[Array, Array]:
+    """Sums of halves' activations, of the high bytes and of both, float32 (tokens, blocks, 2)."""
+    sums, low_sums = (x.sum(axis=-1, dtype=np.int32).astype(np.float32) for x in (high, low))
+    coarse = scales.astype(np.float32) * sums
+    return coarse, coarse + scales.astype(np.float32) * low_sums / np.float32(128)
+
+
 def q8_records(memory: Arena, high: Array, low: Array, scales: Array) -> Array:
     """Records (blocks, tokens, Q8_RECORD); the sums are worked out here."""
-    sums, low_sums = (x.sum(axis=-1, dtype=np.int32) for x in (high, low))
-    coarse = (scales * sums.astype(np.float32)).sum(axis=-1)
-    fine = coarse + (scales * low_sums.astype(np.float32)).sum(axis=-1) / np.float32(128)
+    coarse, fine = half_sums(high, low, scales)
     tokens, blocks = scales.shape[:2]
     records = memory.new((blocks, tokens, abi.Q8_RECORD))
-    values = Q8(high, low, scales, sums, low_sums, coarse, fine)
+    values = Q8(high, low, scales, coarse, fine, coarse.sum(axis=-1), fine.sum(axis=-1))
     for (at, dtype, _), value in zip(_FIELDS, values, strict=True):
         plain = np.ascontiguousarray(value.reshape(tokens, blocks, -1), dtype).view(np.uint8)
         records[..., at : at + plain.shape[-1]] = plain.transpose(1, 0, 2)

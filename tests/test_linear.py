@@ -103,7 +103,7 @@ def emulated(kernel: str, raw: Array, records: Array) -> tuple[Array, Array]:
     codes, scales, minima = codes_of(kind, raw)
     whole = np.einsum("rbhc,tbhc->trbh", codes.reshape(*scales.shape, 2, 16), x)
     terms = np.einsum("trbh,tbh,rb->trbh", whole, q8.scales, scales)
-    offsets = np.einsum("rb,tb->trb", minima, q8.fine_sum if how == "fine" else q8.scaled_sum)
+    offsets = np.einsum("rb,tb->trb", minima, q8.fine_sum if how == "fine" else q8.sum)
     total = terms.sum(axis=(-2, -1)) + offsets.sum(axis=-1)
     return total, np.abs(terms).sum(axis=(-2, -1)) + np.abs(offsets).sum(axis=-1)
 
