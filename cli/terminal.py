@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
+from edgellama.cli.wrapping import Wrapping
 from edgellama.errors import OutputError
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ def draws() -> bool:
     return sys.stderr.isatty() and not dumb
 
 
+def columns(stream: TextIO) -> int:
+    """The width of the terminal behind a stream; 0 without one, or if it cannot move a cursor."""
+    able = os.environ.get("TERM", "") not in ("", "dumb") or "WT_SESSION" in os.environ
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns if able else 0
+    return 0
+
+
 @dataclass
 class Terminal:
     """One command's view of the world outside: how much to say, and in what form."""
@@ -61,6 +70,9 @@ class Terminal:
     json: bool = False
     debug: bool = False
     ended_line: bool = field(default=True, repr=False)  # stdout stands at the start of a line
+    _words: Wrapping = field(
+        default_factory=lambda: Wrapping(lambda: columns(sys.stdout)), repr=False
+    )
 
     def note(self, text: str = "", style: str = "") -> None:
         """A remark for the reader, on stderr; --quiet silences it."""
@@ -75,7 +87,7 @@ class Terminal:
         """The command's own output, as it comes."""
         if not text:
             return
-        shown = safe(text) if sys.stdout.isatty() else text
+        shown = self._words.fit(safe(text)) if sys.stdout.isatty() else text
         _print(sys.stdout, shown)
         self.ended_line = shown.endswith("\n") if shown else self.ended_line
 
@@ -171,14 +183,17 @@ def _bars() -> "Progress":
 def complain(text: str | Iterable[Piece]) -> None:
     """A line on stderr; where nobody can read it, silence is all that is left."""
     pieces = [(text, "")] if isinstance(text, str) else text
+    words = Wrapping(lambda: columns(sys.stderr))
     with contextlib.suppress(OSError, ValueError):
         coloured = colours()
-        line = "".join(_styled(piece, style if coloured else "") for piece, style in pieces)
+        line = "".join(
+            _styled(words.fit(safe(piece)), style if coloured else "") for piece, style in pieces
+        )
         print(line, file=sys.stderr, flush=True)
 
 
 def _styled(text: str, style: str) -> str:
-    return f"\x1b[{STYLES[style]}m{safe(text)}\x1b[0m" if style else safe(text)
+    return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style else text
 
 
 def prepare_streams() -> None:
