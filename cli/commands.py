@@ -71,7 +71,11 @@ def command(
 def obey(chat: "Chat", line: str) -> bool:
     """Do what a line beginning with a slash says; False ends the chat. Raises EdgeLlamaError."""
     name, _, rest = line.removeprefix("/").partition(" ")
-    return named(name).action(chat, rest.strip()) is not False
+    known, rest = named(name), rest.strip()
+    if rest and not known.arguments:
+        hint = f"/help {known.name} tells of it; // begins a message with /"
+        raise ParameterError(f"/{name} does not take {shown(rest)}", hint=hint)
+    return known.action(chat, rest) is not False
 
 
 def named(name: str) -> Command:

@@ -22,6 +22,8 @@ def save(path: Path, messages: list[dict[str, str]], about: dict[str, Any]) -> N
     A conversation that is there already is replaced; any other file is left alone. Raises
     OutputError.
     """
+    if path.is_dir():
+        raise OutputError("this is a folder", path=path, hint="Name a file in it")
     if path.exists() and not _ours(path):
         hint = "Choose another name"
         raise OutputError("there is another file of that name", path=path, hint=hint)

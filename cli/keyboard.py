@@ -164,14 +164,14 @@ def _handling(end: Callable[[int, object], None]) -> Iterator[None]:
 def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "PromptSession[str]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
-    from prompt_toolkit.filters import Condition, is_searching
+    from prompt_toolkit.filters import Condition, is_done, is_searching
     from prompt_toolkit.output import create_output
 
     from edgellama.cli.completion import Words
 
     if not streams:  # stdout is for the model's text alone
         streams = {"output": create_output(stdout=sys.stderr)}
-    path = history_file()
+    path, elsewhere = history_file(), is_searching | is_done
     return PromptSession(
         PROMPT,
         multiline=True,
@@ -180,7 +180,7 @@ def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "P
         history=kept_history(path),
         completer=Words(commands),
         complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-        placeholder=lambda: [] if is_searching() else [("fg:ansibrightblack", PLACEHOLDER)],
+        placeholder=lambda: [] if elsewhere() else [("fg:ansibrightblack", PLACEHOLDER)],
         **streams,
     )
 

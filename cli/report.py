@@ -180,7 +180,7 @@ def stats(conversation: "Conversation") -> str:
         r.first_token_seconds for r in conversation.replies if r.first_token_seconds is not None
     ]
     lines = [
-        _labelled("replies", plural(len(uses), "reply").replace("replys", "replies")),
+        _labelled("replies", str(len(uses))),
         _labelled(
             "read", f"{prompt:,} tokens, {cached:,} of them cached{_at(prompt - cached, prefill)}"
         ),

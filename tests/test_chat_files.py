@@ -69,7 +69,7 @@ def test_save_leaves_other_files_alone(chat: Chat, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         assert "there is another file of that name" in told(chat, f"/save {tmp_path / name}")
         assert (tmp_path / name).read_bytes() == data
-    assert "another file" in told(chat, f"/save {tmp_path}")
+    assert "this is a folder" in told(chat, f"/save {tmp_path}")
     assert "cannot be written" in told(chat, f"/save {tmp_path / 'none' / 'a.json'}")
     assert "which file?" in told(chat, "/save")
     assert "which file?" in told(chat, "/save a\0b")

@@ -50,6 +50,7 @@ def test_two_turns(home: Home) -> None:
         for words in ("135 million parameters", "cpu runtime", "8192 tokens", "template  the file"):
             assert words in first
         assert "Send a message" in window.line()
+        assert window.enter("").rstrip() == ">>>"  # the hint goes with the line
         one = window.enter("Hello! Who are you?")
         two = window.enter("And what can you do for me?")
         said = home.saved(window)
