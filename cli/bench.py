@@ -7,6 +7,7 @@ from typing import Any
 
 from edgellama.cli.background import in_background
 from edgellama.cli.reply import Running
+from edgellama.cli.spelling import aligned
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
 from edgellama.measure import CONTEXT, ROUNDS, Comparison, Spread, compare
@@ -81,9 +82,7 @@ def table(result: Comparison) -> str:
         if result.ratios:
             cells.append(_cell(result.ratios.get(figure), 1.0, ".2f"))
         rows.append([label, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "".join(line.rstrip() + "\n" for line in lines)
+    return "".join(f"{line}\n" for line in aligned(rows))
 
 
 def _cell(spread: Spread | None, unit: float, form: str) -> str:

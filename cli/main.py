@@ -127,10 +127,7 @@ def _run(
         file = file if "file" in own else None
         infill = infill if "infill" in own else None
     if infill is not None:
-        unfit = ("prompt", "file", "raw", "system", "template")
-        if any(options.typed(ctx, name) for name in unfit):
-            problem = "--infill takes two files, and no prompt, --file, --raw, --system, --template"
-            raise ParameterError(problem)
+        _check_infill(ctx)
         from edgellama.cli.infill import run_infill
 
         run_infill(ctx.obj, model, infill, suffix_first=suffix_first, how=how, wording=wording)
@@ -140,6 +137,13 @@ def _run(
         raise ParameterError("the prompts come from --file; a prompt was given too")
     else:
         run_prompts(ctx.obj, model, prompts_of(ctx.obj, file, separator), manner)
+
+
+def _check_infill(ctx: typer.Context) -> None:
+    unfit = ("prompt", "file", "raw", "system", "template")
+    if any(options.typed(ctx, name) for name in unfit):
+        problem = "--infill takes two files, and no prompt, --file, --raw, --system, --template"
+        raise ParameterError(problem)
 
 
 @app.command()

@@ -6,7 +6,6 @@ that a long reply can be scrolled. Knows nothing about models.
 
 import re
 import sys
-from types import TracebackType
 from typing import Self
 
 from edgellama.cli.terminal import safe
@@ -85,12 +84,7 @@ class Page:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         rest = self._blocks.rest.strip("\n")
         self._live.stop()
         if rest:

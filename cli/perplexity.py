@@ -8,6 +8,7 @@ from typing import Any
 import edgellama
 from edgellama.cli.background import in_background
 from edgellama.cli.reply import Running, load_model
+from edgellama.cli.spelling import aligned
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
 from edgellama.distance import Estimate, Figures
@@ -93,19 +94,13 @@ def introduction(quality: Quality, model: "edgellama.Model", base: "edgellama.Mo
 def table(quality: Quality) -> str:
     """One line a figure; then the main ones by position within the chunk."""
     rows = [[label, *_cell(quality.figures, name)] for name, (label, *_) in LABELS.items()]
-    lines = _aligned([row for row in rows if len(row) > 1])
+    lines = aligned([row for row in rows if len(row) > 1])
     names = [name for name in BY_POSITION if getattr(quality.figures, name) is not None]
     rows = [["positions", *(LABELS[name][0] for name in names)]]
     for bucket in quality.buckets:
         cells = [cell for name in names for cell in _cell(bucket.figures, name)]
         rows.append([f"{bucket.first} to {bucket.last}", *cells])
-    return "".join(f"{line}\n" for line in [*lines, "", *_aligned(rows)])
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return [line.rstrip() for line in lines]
+    return "".join(f"{line}\n" for line in [*lines, "", *aligned(rows)])
 
 
 def _cell(figures: Figures, name: str) -> list[str]:

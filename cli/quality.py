@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellama.cli.spelling import aligned
 from edgellama.control import CancelToken, Progress
 from edgellama.errors import ParameterError
 
@@ -159,12 +160,7 @@ def row(report: "Report", quality: "Quality") -> str:
     }
     for figure, name, digits, scale in COLUMNS:
         cells[name] = _cell(getattr(figures, figure), digits, scale)
-    widths = [max(len(name), len(text)) for name, text in cells.items()]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True)).rstrip()
-        for texts in (cells.keys(), cells.values())
-    ]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{line}\n" for line in aligned([list(cells), list(cells.values())]))
 
 
 def _cell(estimate: "Estimate | None", digits: int, scale: float) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgellama.cli.background import in_background
 from edgellama.cli.quality import Around, Extras, row
+from edgellama.cli.spelling import aligned
 from edgellama.cli.terminal import Display, Terminal
 from edgellama.control import CancelToken, Progress
 from edgellama.paths import model_path
@@ -125,10 +126,8 @@ def table(plan: "Plan") -> str:
     for (role, before, after, reason), tensors in groups.items():
         size = sum(tensor.n_bytes for tensor in tensors)
         rows.append([role, f"x {len(tensors)}", before, after, _mb(size), reason])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     end = f"{plan.type}: {_mb(plan.n_bytes)} MB, {plan.bits_per_weight:.2f} bits per weight"
-    return "".join(line.rstrip() + "\n" for line in (*lines, end))
+    return "".join(f"{line}\n" for line in (*aligned(rows), end))
 
 
 def outcome(report: "Report") -> str:

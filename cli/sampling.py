@@ -66,17 +66,18 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: values[name] for name in SAMPLING if values[name] not in (None, [], ())}
     if "logit_bias" in given:
-        given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+        given["logit_bias"] = dict(bias(text, "--logit-bias") for text in given["logit_bias"])
     if "order" in given:
         steps = (step.strip() for step in given["order"].split(","))
         given["order"] = tuple(step for step in steps if step)
     return given
 
 
-def _bias(text: str) -> tuple[int, float]:
+def bias(text: str, what: str) -> tuple[int, float]:
+    """A token and what is added to its logit. Raises ParameterError, which names `what`."""
     token, _, number = text.partition("=")
     try:
         return int(token), float(number)
     except ValueError:
-        problem = f"--logit-bias {shown(text)}; expected ID=NUMBER, such as 5=-2.5 or 5=-inf"
+        problem = f"{what} {shown(text)}; expected ID=NUMBER, such as 5=-2.5 or 5=-inf"
         raise ParameterError(problem, field="logit_bias", value=text) from None

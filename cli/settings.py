@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any, Self
 
 from edgellama.cli.reply import Wording
-from edgellama.cli.sampling import SAMPLING
+from edgellama.cli.sampling import SAMPLING, bias
 from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, require_choice, shown
 from edgellama.generate import MOST_TOKENS
@@ -137,12 +137,7 @@ def _stops(name: str, text: str) -> tuple[str, ...]:
 def _bias(name: str, text: str) -> dict[int, float]:
     """ID=NUMBER pairs, with commas or spaces between; "none" for no bias."""
     pairs = [] if text == "none" else text.replace(",", " ").split()
-    try:
-        parts = [pair.partition("=") for pair in pairs]
-        return {int(token): float(number) for token, _, number in parts}
-    except ValueError:
-        problem = f"{name} is {shown(text)}; expected ID=NUMBER, such as 5=-2.5 or 5=-inf"
-        raise ParameterError(problem, field=name, value=text) from None
+    return dict(bias(pair, name) for pair in pairs)
 
 
 def _steps(name: str, text: str) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ nothing about what it says, nor where it is shown.
 import re
 from collections.abc import Callable
 
-_WIDE = "\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef"  # scripts that may be broken at any letter
-_PARTS = re.compile(rf"\n|[^\S\n]+|[{_WIDE}]|[^\s{_WIDE}]+")
+_CLOSE = "\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef"  # scripts that may be broken at any letter
+_PARTS = re.compile(rf"(?P<end>\n)|(?P<gap>[^\S\n]+)|[{_CLOSE}]|(?P<word>[^\s{_CLOSE}]+)")
 
 
 class Wrapping:
@@ -29,29 +29,34 @@ class Wrapping:
         columns = self._columns()
         if columns < 2:
             return text
-        return "".join(self._placed(part, columns) for part in _PARTS.findall(text))
+        return "".join(self._placed(part, columns) for part in _PARTS.finditer(text))
 
-    def _placed(self, part: str, columns: int) -> str:
-        if part == "\n":
+    def _placed(self, part: "re.Match[str]", columns: int) -> str:
+        if part["end"]:
             self._column, self._word = 0, ""
-            return part
-        if part.isspace():
-            return self._gap(part, columns - 1)
-        if re.match(f"[{_WIDE}]", part):
+            return "\n"
+        if part["gap"]:
             self._word = ""
-        width, begun = _cells(part), _cells(self._word)
-        before = self._column - begun  # what this line holds ahead of the word
-        if before and self._column + width >= columns > begun + width:
-            wipe = f"\x1b[{begun}D\x1b[K" if begun else ""
-            shown, self._column = f"{wipe}\n{self._word}{part}", begun + width
-        else:  # a word longer than a line is left to the terminal
-            shown, self._column = part, (self._column + width) % columns
-        self._word = "" if re.match(f"[{_WIDE}]", part) else self._word + part
+            return self._gap(part["gap"], columns - 1)
+        if not part["word"]:
+            self._word = ""
+        shown = self._letters(part[0], columns)
+        self._word = self._word + part[0] if part["word"] else ""
         return shown
+
+    def _letters(self, text: str, columns: int) -> str:
+        """More of the unfinished word; one longer than a line is left to the terminal."""
+        width, begun = _cells(text), _cells(self._word)
+        alone = self._column == begun
+        if alone or self._column + width < columns or begun + width >= columns:
+            self._column = (self._column + width) % columns
+            return text
+        self._column = begun + width
+        wipe = f"\x1b[{begun}D\x1b[K" if begun else ""
+        return f"{wipe}\n{self._word}{text}"
 
     def _gap(self, spaces: str, last: int) -> str:
         """Spaces that have no room are not shown: the next word begins a line."""
-        self._word = ""
         end = len((" " * self._column + spaces).expandtabs())
         if end > last and self._column:
             self._column = last

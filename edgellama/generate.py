@@ -115,8 +115,8 @@ def generate(
 
     `context` is how many tokens the session holds, prompt and reply together; `history` the ids
     in its cache, which the penalties look at; `dropped`, tokens, and `dropped_messages`, places of
-    messages, go into the usage. `continuing=False`
-    drops the space that some tokenizers put before a text, as fits a chat's reply.
+    messages, go into the usage. `continuing=False` drops the space that some tokenizers put before
+    a text, as fits a chat's reply.
 
     The reply ends with "stop" (an id of `tokenizer.eos` or `ends`, never shown, or a stop string,
     cut off), "length" (`max_tokens`; 0 only reads the prompt in), "context" (full) or "cancelled".

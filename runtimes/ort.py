@@ -53,7 +53,7 @@ class Ort:
         self.angles = _Angles(graph, source.rope_factors, options.context)
         model = lower(graph, source.layout, self.manner)
         self.inputs = [value.name for value in model.inputs]
-        self.session_: Any = self._open(model.to_bytes())
+        self.inference: Any = self._open(model.to_bytes())
 
     def _open(self, model: bytes) -> Any:
         """The inference session. A cancelled load ends when ONNX Runtime next looks."""
@@ -93,14 +93,13 @@ class Ort:
         return session
 
     def describe(self) -> dict[str, Any]:
-        session = self.session_
         return {
             "runtime": "onnx",
             "device": self.device.name,
             "threads": self.options.threads,
             "version": self.api.get_version_string(),
-            "providers": session.get_providers(),
-            "nodes": placement(session),
+            "providers": self.inference.get_providers(),
+            "nodes": placement(self.inference),
             "accuracy": self.manner.accuracy if self.device.name == "cpu" else None,
             "kv_type": {"float32": "f32", "float16": "f16"}.get(self.manner.dtype, "bf16"),
             "weights": list(self.folder.notes),
@@ -125,7 +124,7 @@ class Ort:
             session.terminate()
         with self.turns.turn():
             self.spare.clear()
-            self.session_ = None
+            self.inference = None
 
 
 class _Angles:

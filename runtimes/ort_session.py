@@ -79,7 +79,7 @@ class OrtSession:
         return options
 
     def _binding(self) -> Any:
-        binding = self.model.session_.io_binding()
+        binding = self.model.inference.io_binding()
         for name, value in self.kept.items():
             binding.bind_ortvalue_input(name, value)
             if name not in ("cos", "sin"):
@@ -91,10 +91,12 @@ class OrtSession:
     def _step_binding(self) -> Any:
         """What a single token is bound to."""
         binding = self._binding()
-        self._bind(binding, self.token, self.positions, self.row, self.one)
+        self.bind(binding, self.token, self.positions, self.row, self.one)
         return binding
 
-    def _bind(self, binding: Any, tokens: Ids, positions: Ids, rows: Ids, logits: Logits) -> None:
+    def bind(self, binding: Any, tokens: Ids, positions: Ids, rows: Ids, logits: Logits) -> None:
+        """A call's own arrays: ids and positions (1, n), the rows whose logits (1, rows, vocab)
+        are wanted."""
         binding.bind_ortvalue_input("tokens", self._value(tokens))
         if "positions" in self.model.inputs:
             binding.bind_ortvalue_input("positions", self._value(positions))
@@ -139,10 +141,10 @@ class OrtSession:
             room = result[:, start : start + n] if all_logits else result
             chunk = self.padded(chunk, self.model.options.context - self.position)
             positions = np.arange(self.position, self.position + chunk.shape[1])[None]
-            self._bind(self.prefill, chunk, positions, rows, room)
+            self.bind(self.prefill, chunk, positions, rows, room)
             self.run(self.prefill, chunk.shape[1], cancel, before)
             self.position += n - chunk.shape[1]
-        self._bind(self.prefill, self.token, self.positions, self.row, self.one)  # lets go of ours
+        self.bind(self.prefill, self.token, self.positions, self.row, self.one)  # lets go of ours
         logits: Logits = result[0] if all_logits else result[0, 0]
         return logits
 
@@ -163,7 +165,7 @@ class OrtSession:
                 model.angles.need(total)
                 start = time.monotonic()
                 with watching(watched, self.terminate):
-                    model.session_.run_with_iobinding(binding, options)
+                    model.inference.run_with_iobinding(binding, options)
                 self.seconds = time.monotonic() - start if n == 1 else self.seconds
         except BaseException as error:
             self.position = before

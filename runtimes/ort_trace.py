@@ -35,7 +35,7 @@ class OfOrt:
         binding, n = session.prefill, len(ids)
         room = np.empty((1, n, self.runtime.graph.config.vocab_size), np.float32)
         positions = np.arange(n, dtype=np.int64)
-        session._bind(binding, np.array([ids], np.int64), positions[None], positions, room)
+        session.bind(binding, np.array([ids], np.int64), positions[None], positions, room)
         names = [name for name in self.shown if name != LOGITS]
         for name in names:
             binding.bind_output(shown_name(name, self.runtime.manner.dtype), "cpu")

@@ -65,7 +65,7 @@ def test_a_missing_library_is_named() -> None:
 
 def test_a_session_that_came_back_on_the_cpu_is_refused(path: Path) -> None:
     with edgellama.load(path, "onnx") as model:
-        session: Any = model._runtime.session_  # type: ignore[union-attr]
+        session: Any = model._runtime.inference  # type: ignore[union-attr]
         with pytest.raises(edgellama.DeviceUnavailable, match=f"fell back to {CPU}"):
             device().check(session)
 

@@ -74,7 +74,7 @@ def _loaded(given: Given, path: Path) -> edgellama.Model:
 
 def _captures(model: edgellama.Model) -> bool:
     """As ONNX Runtime's session itself says."""
-    session = model._runtime.session_  # type: ignore[union-attr]
+    session = model._runtime.inference  # type: ignore[union-attr]
     options: dict[str, Any] = session.get_provider_options().get(provider.CUDA, {})
     return options.get("enable_cuda_graph") == "1"
 
