@@ -1,5 +1,6 @@
 """What all tests share: the real model, where it has been pulled; what the marker `gpu` means."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,16 +10,23 @@ from edgellama.errors import EdgeLlamaError
 from edgellama.paths import DEFAULT_MODEL, model_path
 
 
+def _default_model() -> Path | None:
+    if chosen := os.environ.get("EDGELLAMA_TEST_MODEL"):
+        return Path(chosen)
+    with contextlib.suppress(EdgeLlamaError):
+        return model_path(DEFAULT_MODEL)
+    return None
+
+
+FOUND = _default_model()  # now: whoever asks first may have pointed to another cache
+
+
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The default model's file: $EDGELLAMA_TEST_MODEL, else the one in the cache."""
-    chosen = os.environ.get("EDGELLAMA_TEST_MODEL")
-    if chosen:
-        return Path(chosen)
-    try:
-        return model_path(DEFAULT_MODEL)
-    except EdgeLlamaError:
+    if FOUND is None:
         pytest.skip("the default model is not here: `edgellama pull` fetches it")
+    return FOUND
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
