@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from edgellama.cli.conversation import Exchange
 
 KEYS = '''\
-"""           begin and end a message of several lines; so do Alt-Enter and Ctrl-J, line by line
+"""           around a message of many lines; Alt-Enter or Ctrl-J: a new line
 //text        a message that begins with a slash
-Ctrl-C        stop the reply, or drop what is typed; twice at the empty prompt: leave
+Ctrl-C        stop the reply, or drop what is typed; twice when empty: leave
 Ctrl-D        leave'''
 MOST_TOKENS_SHOWN = 400
 BYTES_PER_TOKEN = 16  # a file with more than this for each token of the context cannot fit

@@ -94,10 +94,14 @@ class Keyboard:
 
 
 def unfenced(text: str) -> str:
-    """A message without the fences around it, and without the backslashes that continued it."""
+    """A message without the fences around it, and without the backslashes that continued it.
+
+    What stands between fences is no command: a slash at its beginning is doubled.
+    """
     stripped = text.strip()
     if stripped.startswith(FENCE):
-        return stripped.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
+        inner = stripped.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
+        return f"/{inner.lstrip()}" if inner.lstrip().startswith("/") else inner
     return text.replace("\\\n", "\n").rstrip()
 
 

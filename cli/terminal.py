@@ -183,7 +183,7 @@ def _bars() -> "Progress":
 def complain(text: str | Iterable[Piece]) -> None:
     """A line on stderr; where nobody can read it, silence is all that is left."""
     pieces = [(text, "")] if isinstance(text, str) else text
-    words = Wrapping(lambda: columns(sys.stderr))
+    words = Wrapping(lambda: columns(sys.stderr), hanging=True)
     with contextlib.suppress(OSError, ValueError):
         coloured = colours()
         line = "".join(

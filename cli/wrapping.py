@@ -18,9 +18,13 @@ class Wrapping:
     it is wiped off (ECMA-48: CUB, EL) and written on the next.
     """
 
-    def __init__(self, columns: Callable[[], int]) -> None:
-        """`columns`: the terminal's width now; 0 if not known, and then nothing is broken."""
-        self._columns = columns
+    def __init__(self, columns: Callable[[], int], hanging: bool = False) -> None:
+        """`columns`: the terminal's width now; 0 if not known, and then nothing is broken.
+
+        `hanging`: what follows several spaces, as behind a label, goes on below itself.
+        """
+        self._columns, self._hanging = columns, hanging
+        self._indent = 0  # of what goes on
         self._column = 0  # cells of this line that are taken
         self._word = ""  # the unfinished word at its end
 
@@ -33,11 +37,10 @@ class Wrapping:
 
     def _placed(self, part: "re.Match[str]", columns: int) -> str:
         if part["end"]:
-            self._column, self._word = 0, ""
+            self._column, self._indent, self._word = 0, 0, ""
             return "\n"
         if part["gap"]:
-            self._word = ""
-            return self._gap(part["gap"], columns - 1)
+            return self._gap(part["gap"], columns)
         if not part["word"]:
             self._word = ""
         shown = self._letters(part[0], columns)
@@ -48,19 +51,22 @@ class Wrapping:
         """More of the unfinished word; one longer than a line is left to the terminal."""
         width, begun = _cells(text), _cells(self._word)
         alone = self._column == begun
-        if alone or self._column + width < columns or begun + width >= columns:
+        if alone or self._column + width < columns or begun + width >= columns - self._indent:
             self._column = (self._column + width) % columns
             return text
-        self._column = begun + width
+        self._column = self._indent + begun + width
         wipe = f"\x1b[{begun}D\x1b[K" if begun else ""
-        return f"{wipe}\n{self._word}{text}"
+        return f"{wipe}\n{' ' * self._indent}{self._word}{text}"
 
-    def _gap(self, spaces: str, last: int) -> str:
+    def _gap(self, spaces: str, columns: int) -> str:
         """Spaces that have no room are not shown: the next word begins a line."""
+        self._word = ""
         end = len((" " * self._column + spaces).expandtabs())
-        if end > last and self._column:
-            self._column = last
+        if end >= columns and self._column:
+            self._column = columns - 1
             return ""
+        if self._hanging and self._column and len(spaces) > 1 and end < columns // 2:
+            self._indent = end
         self._column = end
         return spaces
 

@@ -127,7 +127,10 @@ def test_unfinished(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('""" a """', " a "), ('"""a', "a"), ("a\\b", "a\\b"), ("a  \n", "a"), ("  a", "  a")],
+    [
+        *(('""" a """', " a "), ('"""a', "a"), ("a\\b", "a\\b"), ("a  \n", "a"), ("  a", "  a")),
+        *(('"""\n/help\n"""', "//help"), ('""" // x"""', "/// x")),  # no commands
+    ],
 )
 def test_unfenced(text: str, message: str) -> None:
     assert unfenced(text) == message

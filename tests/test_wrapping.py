@@ -14,9 +14,9 @@ the ship:
 日本語 ok"""
 
 
-def shown(pieces: list[str], width: int = WIDTH) -> list[str]:
+def shown(pieces: list[str], width: int = WIDTH, hanging: bool = False) -> list[str]:
     """The rows that a terminal of that width shows, without blank ones at the end."""
-    screen, wrapping = pyte.Screen(width, 400), Wrapping(lambda: width)
+    screen, wrapping = pyte.Screen(width, 400), Wrapping(lambda: width, hanging)
     stream = pyte.Stream(screen)
     for piece in pieces:
         stream.feed(wrapping.fit(piece).replace("\n", "\r\n"))  # as the terminal's driver does
@@ -56,6 +56,12 @@ def test_scripts_without_spaces_fill_their_lines() -> None:
     rows = shown(["日本語" * 9])
     assert "".join(rows) == "日本語" * 9
     assert all(len(row) >= 9 for row in rows[:-1])
+
+
+def test_what_stands_behind_a_label_goes_on_below_itself() -> None:
+    text = "context  8192 tokens of 8192\nno label, so no margin"
+    labelled = ["context  8192", "         tokens of", "         8192"]
+    assert shown([text], hanging=True) == [*labelled, "no label, so no", "margin"]
 
 
 def test_an_unknown_width_changes_nothing() -> None:
