@@ -218,7 +218,8 @@ def _types(config: ModelConfig, types: str | Mapping[str, str]) -> dict[str, str
 def _cpu(case: _Case) -> dict[str, int]:
     """Weights as they are repacked; the rooms are those of programs lowered onto no weights."""
     from edgellama.runtimes import levels
-    from edgellama.runtimes.cpu import KV_TYPES as KINDS, batches_of
+    from edgellama.runtimes.abi import KV_TYPES as KINDS
+    from edgellama.runtimes.cpu import batches_of
     from edgellama.runtimes.loading import PIECE
     from edgellama.runtimes.places import CacheShape
     from edgellama.runtimes.program import scratch_bytes

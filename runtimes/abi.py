@@ -57,6 +57,7 @@ F32_RECORD, F32_COLUMNS = 32, 8
 BF16_RECORD = 64
 
 KV_F32, KV_F16, KV_Q8_0 = 0, 1, 2  # how keys and values are kept
+KV_TYPES = {"f32": KV_F32, "f16": KV_F16, "q8_0": KV_Q8_0}
 ATTENTION_BLOCK = 64  # cache positions that lie together, and that a softmax step takes at once
 ATTENTION_SPLIT = 1024  # cache positions summed by themselves
 ATTENTION_TOKENS = 4  # that share one reading of keys and values

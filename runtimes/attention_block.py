@@ -14,7 +14,7 @@ from edgellama.runtimes.compiler import inline
 from edgellama.runtimes.kernels_cache import padded_head
 
 LANES, BLOCK, KEYS_AT_ONCE = abi.LANES, abi.BLOCK, abi.ATTENTION_BLOCK
-F32, F16, Q8_0 = abi.KV_F32, abi.KV_F16, abi.KV_Q8_0
+F16, Q8_0 = abi.KV_F16, abi.KV_Q8_0
 key_bytes = inline(abi.key_bytes)
 MARGIN = 6.0  # weights up to 2 ** 6
 # A row is what is known of one query: where it is and its part is, and the positions it sees.
@@ -353,17 +353,7 @@ def attend(
 ) -> None:  # fmt: skip
     """Add positions at + low..high-1, of one block of the cache, to the parts of 1 to 4 rows."""
     width = padded_head(head_dim)
-    if kind == Q8_0:  # said three times, so that each is compiled for one kind
-        score(row, count, keys, low, high, head_dim, Q8_0, ahead, weights)
-    elif kind == F16:
-        score(row, count, keys, low, high, head_dim, F16, ahead, weights)
-    else:
-        score(row, count, keys, low, high, head_dim, F32, ahead, weights)
+    score(row, count, keys, low, high, head_dim, kind, ahead, weights)
     for i in range(count):
         soften(row + i * ROW, at, low, high, width, weights + i * WEIGHTS)
-    if kind == Q8_0:
-        gather(row, count, values, low, high, width, Q8_0, ahead, weights)
-    elif kind == F16:
-        gather(row, count, values, low, high, width, F16, ahead, weights)
-    else:
-        gather(row, count, values, low, high, width, F32, ahead, weights)
+    gather(row, count, values, low, high, width, kind, ahead, weights)

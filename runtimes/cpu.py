@@ -35,7 +35,6 @@ from edgellama.runtimes.program import (
 from edgellama.runtimes.team import Team, give_up_core
 from edgellama.weights import rope_factors
 
-KV_TYPES = {"f32": abi.KV_F32, "f16": abi.KV_F16, "q8_0": abi.KV_Q8_0}
 ANGLES_AT_ONCE = 1024  # positions whose cosines are computed together
 FEW = 32  # tokens below which tiles would be mostly empty
 
@@ -51,13 +50,14 @@ class Cpu:
     """One model's repacked weights, its program and its threads."""
 
     def __init__(self, file: GGUF, graph: Graph, options: Options) -> None:
-        require_choice("kv_type", options.kv_type, KV_TYPES)
+        require_choice("kv_type", options.kv_type, abi.KV_TYPES)
         self.graph, self.options = graph, options
         config = graph.config
         self.level, self.level_reason = levels.choose()
         types = {name: file.tensors[name].type.name for name in graph.weights}
         batches = batches_of(self.level, deterministic=options.deterministic)
-        names = [name for batch in batches for name in kernel_names(graph, types, batch)]
+        kinds = [options.kv_type]
+        names = [n for batch in batches for n in kernel_names(graph, types, kinds, batch)]
         kernels = kernel_cache.addresses(names, self.level, options.progress, options.cancel)
         self.weights = Weights(file, graph, options)
         self.fingerprint = fingerprint(file, graph)
@@ -67,7 +67,7 @@ class Cpu:
             config.n_kv_heads,
             config.head_dim,
             options.context,
-            KV_TYPES[options.kv_type],
+            abi.KV_TYPES[options.kv_type],
         )
         parts = (self.weights.matrices, self.weights.vectors, kernels, self.cache)
         self.programs = [lower(graph, *parts, batch) for batch in batches]

@@ -156,6 +156,7 @@ def _compile(name: str, level: Level) -> bytes:
 
     if type_name:
         makers: dict[str, Callable[[str], Callable[..., None]]] = {
+            "attention": kernels_attention.attention,
             "linear": kernels_linear.linear,
             "fine": partial(kernels_linear.linear, fine=True),
             "embed": kernels_linear.embed,

@@ -6,6 +6,7 @@ cache together, block by block, four at a time: see `attention_block.py`.
 Units, signature and slow twins as in `kernels.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import float32, int64
@@ -29,6 +30,7 @@ WORD, ARGS, LANES = abi.WORD, abi.ARGS, abi.LANES
 key_bytes, value_bytes = inline(abi.key_bytes), inline(abi.value_bytes)
 KEYS_AT_ONCE, SPLIT, TOKENS = abi.ATTENTION_BLOCK, abi.ATTENTION_SPLIT, abi.ATTENTION_TOKENS
 LEAST = -3.0e38  # below every score, and still a number
+Kernel = Callable[[int, int, int, int, int], None]
 LOG2_E = 1.4426950408889634  # queries are scaled so that weights are powers of 2
 
 
@@ -98,54 +100,59 @@ def set_row(row: int, query: int, part: int, stop: int, window: int, split: int)
     memory.store_i64(row + END, min(stop, (split + 1) * SPLIT))
 
 
-def attention(instruction: int, state: int, first: int, last: int, thread: int) -> None:
-    """Causal attention of up to 4 tokens' query heads that share keys.
+def attention(kv_type: str) -> Kernel:
+    """The kernel for a cache of one type: f32, f16 or q8_0."""
+    kind = abi.KV_TYPES[kv_type]
 
-    The cache is summed in splits of 1,024 positions, which are joined from the first on: the order
-    of sums depends on positions alone. A unit is a key head of the tokens; where there is one token
-    only, each split of it is a unit of its own, so that all threads share a long cache, and
-    `merge` joins them.
+    def kernel(instruction: int, state: int, first: int, last: int, thread: int) -> None:
+        """Causal attention of up to 4 tokens' query heads that share keys.
 
-    Arguments: q, q stride, parts, bytes of a part, n_kv_heads, heads per key head, head_dim; of
-    the cache: how numbers are kept, bytes from its block to this layer, bytes of a block; scale
-    (float64); window (positions, 0: all).
-    """
-    q, q_stride = argument(instruction, 0), argument(instruction, 1)
-    parts, part_bytes = argument(instruction, 2), argument(instruction, 3)
-    n_kv_heads, group = argument(instruction, 4), argument(instruction, 5)
-    head_dim, kind = argument(instruction, 6), argument(instruction, 7)
-    cache = memory.load_i64(state + abi.CACHE * WORD) + argument(instruction, 8)
-    block_bytes = argument(instruction, 9)
-    scale = float32(memory.load_f64(instruction + (ARGS + 10) * WORD) * LOG2_E)
-    window = argument(instruction, 11)
-    n_tokens = memory.load_i64(state + abi.N_TOKENS * WORD)
-    start = memory.load_i64(state + abi.START * WORD)
-    splits = memory.load_i64(state + abi.SPLITS * WORD)
-    parallel = memory.load_i64(state + abi.PARALLEL * WORD)
-    weights = memory.load_i64(state + abi.SCRATCH * WORD)
-    weights += thread * memory.load_i64(state + abi.SCRATCH_BYTES * WORD)
-    rows = weights + 2 * abi.QUERIES * WEIGHTS
-    queries = rows + TOKENS * group * ROW
-    others = queries + TOKENS * group * head_dim * 4
-    for unit in range(first, last):
-        token, head = unit // parallel // n_kv_heads * TOKENS, unit // parallel % n_kv_heads
-        n_rows = min(int64(TOKENS), n_tokens - token) * group
-        for i in range(0, n_rows, group):
-            x = q + (token + i // group) * q_stride + head * group * head_dim * 4
-            copy_scaled(x, queries + i * head_dim * 4, group * head_dim, scale)
-        for split in range(unit % parallel, splits, parallel):
-            for i in range(n_rows):
-                query = ((token + i // group) * n_kv_heads + head) * group + i % group
-                part = parts + (query * parallel + unit % parallel) * part_bytes
-                to = part if split < parallel else others + i * part_bytes
-                stop = start + token + i // group + 1
-                set_row(rows + i * ROW, queries + i * head_dim * 4, to, stop, window, split)
-            attend_split(
-                rows, n_rows, cache, block_bytes, head, n_kv_heads, head_dim, kind, weights
-            )
-            for i in range(n_rows if split >= parallel else int64(0)):
-                query = ((token + i // group) * n_kv_heads + head) * group + i % group
-                join(parts + query * part_bytes, others + i * part_bytes, padded_head(head_dim))
+        The cache is summed in splits of 1,024 positions, which are joined from the first on: the
+        order of sums depends on positions alone. A unit is a key head of the tokens; where there
+        is one token only, each split of it is a unit of its own, so that all threads share a long
+        cache, and `merge` joins them.
+
+        Arguments: q, q stride, parts, bytes of a part, n_kv_heads, heads per key head, head_dim; of
+        the cache: bytes from its block to this layer, bytes of a block; scale (float64); window
+        (positions, 0: all).
+        """
+        q, q_stride = argument(instruction, 0), argument(instruction, 1)
+        parts, part_bytes = argument(instruction, 2), argument(instruction, 3)
+        n_kv_heads, group = argument(instruction, 4), argument(instruction, 5)
+        head_dim, block_bytes = argument(instruction, 6), argument(instruction, 8)
+        cache = memory.load_i64(state + abi.CACHE * WORD) + argument(instruction, 7)
+        scale = float32(memory.load_f64(instruction + (ARGS + 9) * WORD) * LOG2_E)
+        window = argument(instruction, 10)
+        n_tokens = memory.load_i64(state + abi.N_TOKENS * WORD)
+        start = memory.load_i64(state + abi.START * WORD)
+        splits = memory.load_i64(state + abi.SPLITS * WORD)
+        parallel = memory.load_i64(state + abi.PARALLEL * WORD)
+        weights = memory.load_i64(state + abi.SCRATCH * WORD)
+        weights += thread * memory.load_i64(state + abi.SCRATCH_BYTES * WORD)
+        rows = weights + 2 * abi.QUERIES * WEIGHTS
+        queries = rows + TOKENS * group * ROW
+        others = queries + TOKENS * group * head_dim * 4
+        for unit in range(first, last):
+            token, head = unit // parallel // n_kv_heads * TOKENS, unit // parallel % n_kv_heads
+            n_rows = min(int64(TOKENS), n_tokens - token) * group
+            for i in range(0, n_rows, group):
+                x = q + (token + i // group) * q_stride + head * group * head_dim * 4
+                copy_scaled(x, queries + i * head_dim * 4, group * head_dim, scale)
+            for split in range(unit % parallel, splits, parallel):
+                for i in range(n_rows):
+                    query = ((token + i // group) * n_kv_heads + head) * group + i % group
+                    part = parts + (query * parallel + unit % parallel) * part_bytes
+                    to = part if split < parallel else others + i * part_bytes
+                    stop = start + token + i // group + 1
+                    set_row(rows + i * ROW, queries + i * head_dim * 4, to, stop, window, split)
+                attend_split(
+                    rows, n_rows, cache, block_bytes, head, n_kv_heads, head_dim, kind, weights
+                )
+                for i in range(n_rows if split >= parallel else int64(0)):
+                    query = ((token + i // group) * n_kv_heads + head) * group + i % group
+                    join(parts + query * part_bytes, others + i * part_bytes, padded_head(head_dim))
+
+    return kernel
 
 
 def merge(instruction: int, state: int, first: int, last: int, thread: int) -> None:

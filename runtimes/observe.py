@@ -27,7 +27,8 @@ class Observer:
         self.model = model
         matrices, vectors = model.weights.matrices, model.weights.vectors
         types = {name: matrix.type for name, matrix in matrices.items()}
-        kernels = kernel_cache.addresses(kernel_names(model.graph, types, OBSERVED), model.level)
+        names = kernel_names(model.graph, types, [model.cache.kv_type], OBSERVED)
+        kernels = kernel_cache.addresses(names, model.level)
         self.program = lower(model.graph, matrices, vectors, kernels, model.cache, OBSERVED)
         inner = [p for p in self.program.packings if p.weights[0].startswith("blk.")]
         ends = [packing.instructions for packing in inner]

@@ -56,11 +56,11 @@ class CacheShape:
     @property
     def name(self) -> str:
         """For saved sessions: to be changed when keys or values come to lie otherwise."""
-        return {
-            abi.KV_F32: "f32",
-            abi.KV_F16: "f16",
-            abi.KV_Q8_0: "q8_0, 64 scales together",
-        }[self.kind]
+        return "q8_0, 64 scales together" if self.kind == abi.KV_Q8_0 else self.kv_type
+
+    @property
+    def kv_type(self) -> str:
+        return next(name for name, kind in abi.KV_TYPES.items() if kind == self.kind)
 
     @property
     def layer_bytes(self) -> int:

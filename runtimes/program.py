@@ -8,7 +8,7 @@ Knows nothing about threads, sessions or files.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,19 +83,12 @@ def products(graph: Graph) -> list[tuple[Node, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def kernel_names(graph: Graph, types: dict[str, str], batch: Batch = PLAIN) -> list[str]:
-    """The kernels that a graph needs, given its weights' types."""
-    names = [
-        "lead",
-        "follow",
-        "norm",
-        "pack_rows",
-        "swiglu",
-        "select",
-        "rope",
-        "attention",
-        "merge",
-    ]
+def kernel_names(
+    graph: Graph, types: dict[str, str], kv_types: Iterable[str], batch: Batch = PLAIN
+) -> list[str]:
+    """The kernels that a graph needs, given its weights' types and those of its cache."""
+    names = "lead follow norm pack_rows swiglu select rope merge".split()
+    names += [f"attention:{kv_type}" for kv_type in kv_types]
     names += product_kernels(graph, types, batch).values()
     names += [f"embed:{types[n.weight]}" for n in graph.nodes if n.op == "embed" and n.weight]
     return list(dict.fromkeys(names))
@@ -344,18 +337,18 @@ class _Lowering:
         config, cache = self.graph.config, self.cache
         assert node.layer is not None
         q, k, v = (self.places[name] for name in node.inputs)
-        where = (cache.kind, node.layer * cache.layer_bytes, cache.block_bytes)
+        where = (node.layer * cache.layer_bytes, cache.block_bytes)
         heads = (config.n_heads, config.n_kv_heads, config.head_dim)
         self._emit(
             "rope",
             config.n_heads + config.n_kv_heads,
             abi.N_TOKENS,
             *(q.address, k.address, v.address, q.stride),
-            *(*heads, config.rope.dim // 2, *where),
+            *(*heads, config.rope.dim // 2, cache.kind, *where),
         )
         parts = self._parts()
         self._emit(
-            "attention",
+            f"attention:{cache.kv_type}",
             config.n_kv_heads,
             abi.ATTENTION_UNITS,
             *(q.address, q.stride, parts.address, parts.stride),

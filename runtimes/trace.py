@@ -71,7 +71,8 @@ class _OfCpu:
         self.runtime = runtime
         graph, weights = runtime.graph, runtime.weights
         types = {name: matrix.type for name, matrix in weights.matrices.items()}
-        kernels = kernel_cache.addresses(kernel_names(graph, types, OBSERVED), runtime.level)
+        names = kernel_names(graph, types, [runtime.cache.kv_type], OBSERVED)
+        kernels = kernel_cache.addresses(names, runtime.level)
         parts = (graph, weights.matrices, weights.vectors, kernels, runtime.cache, OBSERVED)
         self.program = lower(*parts)
         self.packed_as = {n.weight: n.inputs[0] for n in graph.nodes if n.op == "linear"}

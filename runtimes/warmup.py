@@ -21,6 +21,7 @@ from edgellama.output import atomic_output, told_as_output
 from edgellama.paths import cache_root, model_path
 from edgellama.quantize.plan import FALLBACKS, FILE_TYPES, type_name
 from edgellama.runtimes import kernel_cache, levels, shipped_kernels
+from edgellama.runtimes.abi import KV_TYPES
 from edgellama.runtimes.cpu import batches_of
 from edgellama.runtimes.levels import LEVELS, Level
 from edgellama.runtimes.program import kernel_names
@@ -130,7 +131,7 @@ def kernels_for(types: Iterable[str], level: Level) -> list[str]:
         assert kind in BY_NAME, kind
         every = dict.fromkeys(graph.weights, kind)
         for batch in batches_of(level):
-            names += kernel_names(graph, every, batch)
+            names += kernel_names(graph, every, KV_TYPES, batch)
     return list(dict.fromkeys(names))
 
 

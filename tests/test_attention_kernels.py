@@ -87,10 +87,11 @@ class Heads:
         needed = attention_bytes(group, self.head_dim)
         state = self.state(start, self.memory.new((2, padded(needed, 64))))
         state |= {abi.SPLITS: splits, abi.PARALLEL: parallel_splits, abi.N_TOKENS: n}
-        numbers = (self.kv_heads, group, self.head_dim, *self.where())
+        numbers = (self.kv_heads, group, self.head_dim, *self.where()[1:])
         arguments = (source, stride, parts, size, *numbers, self.head_dim**-0.5, window)
         units = -(-n // abi.ATTENTION_TOKENS) * self.kv_heads * parallel_splits
-        run(self.memory, level, "attention", arguments, units, state, cuts=[units // 2])
+        kernel = "attention:f16" if self.half else "attention:f32"
+        run(self.memory, level, kernel, arguments, units, state, cuts=[units // 2])
         arguments = (parts, size, out, stride, self.heads, self.head_dim)
         run(self.memory, level, "merge", arguments, n * self.heads, state, cuts=[1])
         return out

@@ -118,7 +118,7 @@ def undefined_symbols(code: bytes) -> set[str]:
 def test_kernels_compile_and_call_nothing_outside(level: Level) -> None:
     """For every level and target, whether this machine could run it or not."""
     functions = {name: getattr(kernels, name) for name in ("norm", "swiglu")}
-    functions["attention"] = kernels_attention.attention
+    functions["attention"] = kernels_attention.attention("q8_0")
     functions |= {f"linear_{kind}": kernels_linear.linear(kind) for kind in KINDS}
     functions |= {"embed": kernels_linear.embed("Q4_1"), "lead": kernel_team.lead}
     if level.name in available() and level.name != "generic":

@@ -44,8 +44,8 @@ def attend(memory: Arena, level: str, q: Array, k: Array, v: Array) -> Array:
     out, size = memory.new((1, head_dim), np.float32), part_bytes(head_dim)
     parts = memory.new(size)
     state |= {abi.START: n - 1, abi.SPLITS: -(-n // abi.ATTENTION_SPLIT), abi.PARALLEL: 1}
-    arguments = (at, step, parts, size, 1, 1, head_dim, *where, head_dim**-0.5, 0)
-    run(memory, level, "attention", arguments, 1, state)
+    arguments = (at, step, parts, size, 1, 1, head_dim, *where[1:], head_dim**-0.5, 0)
+    run(memory, level, "attention:q8_0", arguments, 1, state)
     run(memory, level, "merge", (parts, size, out, step, 1, head_dim), 1, state)
     return out[0]
 

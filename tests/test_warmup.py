@@ -157,7 +157,7 @@ def test_types_of_a_model(tmp_path: Path) -> None:
 def test_only_a_level_with_tiles_has_kernels_for_them() -> None:
     amx, avx2 = (kernels_for(["Q4_0"], LEVELS[name]) for name in ("amx", "avx2"))
     assert set(amx) - set(avx2) == {"tiles:Q4_0"}
-    assert {"lead", "attention", "linear:Q4_0", "fine:Q4_0", "embed:Q4_0"} <= set(avx2)
+    assert {"lead", "attention:q8_0", "linear:Q4_0", "fine:Q4_0", "embed:Q4_0"} <= set(avx2)
 
 
 # --- the command ----------------------------------------------------------------------------------
