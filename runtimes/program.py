@@ -87,7 +87,7 @@ def kernel_names(
     graph: Graph, types: dict[str, str], kv_types: Iterable[str], batch: Batch = PLAIN
 ) -> list[str]:
     """The kernels that a graph needs, given its weights' types and those of its cache."""
-    names = "lead follow norm pack_rows swiglu select rope merge".split()
+    names = ["lead", "follow", "norm", "pack_rows", "swiglu", "select", "rope", "merge"]
     names += [f"attention:{kv_type}" for kv_type in kv_types]
     names += product_kernels(graph, types, batch).values()
     names += [f"embed:{types[n.weight]}" for n in graph.nodes if n.op == "embed" and n.weight]
