@@ -287,7 +287,7 @@ def fresh_process(
         "prefill": prefill,
         "decode": decode,
     }
-    program = [sys.executable, "-m", "edgellama.measure"]
+    program = [sys.executable, "-P", "-m", "edgellama.measure"]
     return timed_program(program, work, runtime, cancel=cancel, cache=cache)
 
 

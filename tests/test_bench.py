@@ -51,6 +51,17 @@ def test_one_runtime_has_no_ratios(path: Path) -> None:
     assert list(alone.runtimes) == ["cpu"] and alone.ratios == {}
 
 
+def test_fresh_processes_take_nothing_from_the_folder_at_hand(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a checkout, whose folder of that name lacks the runtimes."""
+    (tmp_path / "edgellama").mkdir()
+    (tmp_path / "edgellama" / "__init__.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    alone = compare(path, ("reference",), context=96, threads=1, rounds=1, cold_rounds=1)
+    assert alone.runtimes["reference"].load_seconds.low > 0
+
+
 def test_runtimes_take_turns() -> None:
     """A B, B A, A B: neither always comes after the other."""
     seen: list[str] = []
