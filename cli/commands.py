@@ -20,7 +20,7 @@ from edgellama.cli.spelling import beginning, plural, tokens_in_rows
 from edgellama.cli.terminal import colours
 from edgellama.control import CancelToken
 from edgellama.errors import ParameterError, shown
-from edgellama.regular_file import open_regular, unreadable
+from edgellama.regular_file import read_start
 
 if TYPE_CHECKING:
     from edgellama.cli.chat import Chat
@@ -361,11 +361,7 @@ def _path(text: str) -> Path:
 
 
 def _text_of(path: Path, most: int) -> str:
-    with open_regular(path, ParameterError, wanted="a text file") as file:
-        try:
-            data = file.read(most + 1)
-        except OSError as error:
-            raise unreadable(path, error) from error
+    data = read_start(path, most + 1, ParameterError, wanted="a text file")
     if len(data) > most:
         raise ParameterError(
             f"it has more than {most:,} bytes, too many for the context", path=path

@@ -10,7 +10,7 @@ from typing import Any
 from edgellama.errors import EdgeLlamaError, OutputError, ParameterError, shown
 from edgellama.messages import checked_messages
 from edgellama.output import atomic_output
-from edgellama.regular_file import open_regular, unreadable
+from edgellama.regular_file import read_start
 
 FORMAT, VERSION = "edgellama conversation", 1
 LARGEST = 32 << 20  # bytes; the messages of a chat may have 8 million characters
@@ -70,11 +70,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> bytes:
-    with open_regular(path, ParameterError, wanted="a conversation") as file:
-        try:
-            data = file.read(LARGEST + 1)
-        except OSError as error:
-            raise unreadable(path, error) from error
+    data = read_start(path, LARGEST + 1, ParameterError, wanted="a conversation")
     if len(data) > LARGEST:
         raise _wrong(path, f"it has more than {LARGEST} bytes")
     return data

@@ -45,3 +45,19 @@ def open_regular(
         file.close()
         raise kind("this is not a regular file", path=path)
     return file
+
+
+def read_start(
+    path: Path,
+    n_bytes: int,
+    kind: type[EdgeLlamaError] = ModelFormatError,
+    *,
+    wanted: str = "a file",
+) -> bytes:
+    """The first `n_bytes` of a file, or all it has; errors as `open_regular`."""
+    with open_regular(path, kind, wanted=wanted) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size  # a buffer for what is there, not for n_bytes
+            return file.read(min(size + 1, n_bytes))  # it may have grown
+        except OSError as error:
+            raise unreadable(path, error) from error

@@ -7,7 +7,6 @@ about what the keys mean.
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from edgellama.errors import EdgeLlamaError, ModelConfigError, ModelFormatError, shown
-from edgellama.regular_file import open_regular, unreadable
+from edgellama.regular_file import read_start
 
 LARGEST = 64 * 2**20  # bytes of a configuration or an index
 MOST_PARTS = 2**20  # brackets, braces and commas; each costs far more memory than it takes
@@ -45,13 +44,8 @@ def read_json(path: Path, *, largest: int = LARGEST, parts: int = MOST_PARTS) ->
 
 def read_small(path: Path, largest: int) -> bytes:
     """The bytes of a regular file of at most `largest` bytes; errors as `read_json`."""
-    with open_regular(path, ModelConfigError) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            raw = file.read(min(size, largest) + 1)  # it may grow while it is read
-        except OSError as error:
-            raise unreadable(path, error) from error
-    if raw is None or len(raw) > largest:
+    raw = read_start(path, largest + 1, ModelConfigError)
+    if len(raw) > largest:
         problem = f"more than {largest} bytes, too many for such a file"
         raise ModelConfigError(problem, path=path, allowed=str(largest))
     return raw

@@ -91,6 +91,12 @@ def copy_scaled(x: int, to: int, n: int, scale: Any) -> None:
 
 
 @inline
+def query_number(token: int, n_kv_heads: int, head: int, group: int, i: int) -> Any:
+    """Of all tokens' query heads, row i of those from `token` on that share a key head."""
+    return ((token + i // group) * n_kv_heads + head) * group + i % group
+
+
+@inline
 def set_row(row: int, query: int, part: int, stop: int, window: int, split: int) -> None:
     """A query that sees the `window` positions before `stop` (0: all), those of a split alone."""
     least = max(int64(0), stop - window) if window > 0 else int64(0)
@@ -140,7 +146,7 @@ def attention(kv_type: str) -> Kernel:
                 copy_scaled(x, queries + i * head_dim * 4, group * head_dim, scale)
             for split in range(unit % parallel, splits, parallel):
                 for i in range(n_rows):
-                    query = ((token + i // group) * n_kv_heads + head) * group + i % group
+                    query = query_number(token, n_kv_heads, head, group, i)
                     part = parts + (query * parallel + unit % parallel) * part_bytes
                     to = part if split < parallel else others + i * part_bytes
                     stop = start + token + i // group + 1
@@ -149,7 +155,7 @@ def attention(kv_type: str) -> Kernel:
                     rows, n_rows, cache, block_bytes, head, n_kv_heads, head_dim, kind, weights
                 )
                 for i in range(n_rows if split >= parallel else int64(0)):
-                    query = ((token + i // group) * n_kv_heads + head) * group + i % group
+                    query = query_number(token, n_kv_heads, head, group, i)
                     join(parts + query * part_bytes, others + i * part_bytes, padded_head(head_dim))
 
     return kernel

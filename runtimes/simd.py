@@ -175,18 +175,22 @@ def round_i32(b: Any, x: Any) -> Any:
     return call(b, "llvm.fptosi.sat.v16i32.v16f32", i32x16.llvm, whole)
 
 
-@operation(f32x16(i32x16))
-def power_of_two(b: Any, n: Any) -> Any:
-    """2.0 ** n for n in -126..127, by writing the exponent bits."""
+def _exponent(b: Any, n: Any) -> Any:
+    """2.0 ** n by writing the exponent bits."""
     biased = b.add(n, ir.Constant(i32x16.llvm, [127] * 16))
     return b.bitcast(b.shl(biased, ir.Constant(i32x16.llvm, [23] * 16)), f32x16.llvm)
 
 
+@operation(f32x16(i32x16))
+def power_of_two(b: Any, n: Any) -> Any:
+    """2.0 ** n for n in -126..127."""
+    return _exponent(b, n)
+
+
 @operation(f32x16(f32x16))
 def power_of_shifted(b: Any, x: Any) -> Any:
-    """2.0 ** n for n in -127..127, given n + 1.5 * 2 ** 23; of -127: 0."""
-    biased = b.add(b.bitcast(x, i32x16.llvm), ir.Constant(i32x16.llvm, [127] * 16))
-    return b.bitcast(b.shl(biased, ir.Constant(i32x16.llvm, [23] * 16)), f32x16.llvm)
+    """2.0 ** n for n in -127..127, given n + 1.5 * 2 ** 23, whose low bits are n's; of -127: 0."""
+    return _exponent(b, b.bitcast(x, i32x16.llvm))
 
 
 @operation(i32x16(i32x16, i64))
