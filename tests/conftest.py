@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from edgellama.errors import EdgeLlamaError
 from edgellama.paths import DEFAULT_MODEL, model_path
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what ends in `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _default_model() -> Path | None:
