@@ -10,7 +10,6 @@ import pytest
 from edgellama.errors import EdgeLlamaError
 from edgellama.paths import DEFAULT_MODEL, model_path
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what ends in `&`
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
