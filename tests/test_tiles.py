@@ -1,6 +1,10 @@
-"""Products in bfloat16 tiles: their plain twin on every machine, the real thing where it is had."""
+"""Products in bfloat16 tiles: the kernels for tile registers, and their plain twin.
+
+Where a processor lacks the registers, `tile_unit.py` stands in for them.
+"""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checked import HERE, Arena, Array, arena, quantized, repacked, run
+from tile_unit import missing, tile_registers
 from tiny import tiny_config, write_tiny
 
 import edgellama
@@ -19,9 +24,18 @@ from edgellama.runtimes import abi, kernels_tiles, levels, repack
 from edgellama.runtimes.compiler import object_code
 
 KINDS = tuple(kernels_tiles.AFFINE)
-KERNELS = ("plain_tiles", "tiles") if "amx" in HERE else ("plain_tiles",)
 BEST = HERE[0]
+LEVELS = {"plain_tiles": BEST, "tiles": "amx"}  # by kernel
 ERROR = 4e-7  # of the sum of |terms|: float32 additions
+
+
+@pytest.fixture(params=LEVELS)
+def how(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A kernel that can be run here."""
+    if request.param == "tiles" and (why := missing()):
+        pytest.skip(f"kernels for tile registers cannot run here: {why}")
+    with tile_registers():
+        yield request.param
 
 
 def to_bf16(x: Array) -> Array:
@@ -56,7 +70,8 @@ def product(
     state: dict[int, int | Array] = {abi.N_TOKENS: tokens, abi.SCRATCH: scratch}
     state[abi.SCRATCH_BYTES] = scratch.shape[1]
     groups = wide // abi.LANES
-    run(memory, BEST, kernel, (*arguments, groups), -(-groups // 2), state, cuts)
+    level = LEVELS[kernel.partition(":")[0]]
+    run(memory, level, kernel, (*arguments, groups), -(-groups // 2), state, cuts)
     return y
 
 
@@ -67,7 +82,6 @@ def data(kind: str, rows: int, blocks: int, tokens: int) -> tuple[Array, Array]:
     return raw, rng.standard_normal((tokens, columns), np.float32)
 
 
-@pytest.mark.parametrize("how", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_against_float64(kind: str, how: str) -> None:
     for rows, blocks, tokens in ((1, 1, 32), (16, 2, 33), (33, 1, 65), (70, 3, 40)):
@@ -82,7 +96,6 @@ def test_products_against_float64(kind: str, how: str) -> None:
         assert np.all(np.abs(y[:, :rows] - x64 @ w.T) <= slack)
 
 
-@pytest.mark.parametrize("how", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_split_gives_the_same_bits_and_sums_are_added(kind: str, how: str) -> None:
     raw, x = data(kind, 90, 2, 40)
@@ -121,15 +134,15 @@ def test_kernels_for_tile_registers_can_be_compiled(kind: str) -> None:
 
 
 @pytest.fixture
-def with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best level, with the plain twin where it has no tiles of its own."""
-    level = levels.LEVELS[BEST]
-    chosen = replace(level, tiles=level.tiles or "plain_tiles")
-    monkeypatch.setattr(levels, "choose", lambda: (chosen, "chosen by a test"))
+def with_tiles(how: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Prefill takes this kernel."""
+    level = replace(levels.LEVELS[LEVELS[how]], tiles=how)
+    monkeypatch.setattr(levels, "choose", lambda: (level, "chosen by a test"))
+    return how
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-def test_prefill_through_tiles(kind: str, tmp_path: Path, with_tiles: None) -> None:
+def test_prefill_through_tiles(kind: str, tmp_path: Path, with_tiles: str) -> None:
     """Closer to full precision than plain products, which `deterministic=True` keeps to."""
     config = tiny_config(
         dim=256, n_heads=4, head_dim=64, ffn_dim=512, rope=Rope(64), context_length=512
