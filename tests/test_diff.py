@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 import edgellama
 from edgellama.cli.main import run
-from edgellama.diff import EXACT, ROUNDED, diff
+from edgellama.diff import EXACT, ROUNDED, RUNTIMES, _compared, _options, diff
 from edgellama.graph import decoder
 
 CONFIG = tiny_config(n_layers=3)
@@ -113,6 +114,83 @@ def test_infinity_is_where_it_begins(models: Path, tmp_path: Path) -> None:
     assert found.first is not None and found.first.name == "blk.1.ffn_gate"
 
 
+# --- devices -------------------------------------------------------------------------------------
+
+
+def needs_no_cuda() -> None:
+    needs_onnx()
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime was built with CUDA")
+
+
+def half(path: Path) -> edgellama.Model:
+    """A model with the graph that CUDA runs, on the CPU provider."""
+    from edgellama.runtimes.onnx_lowering import Manner
+    from edgellama.runtimes.ort import Ort
+
+    model = edgellama.load(path, "onnx", context=64, threads=1)
+    own: Any = model._runtime
+    manner = Manner("float16", accuracy=0, candidates=8)
+    model._runtime = Ort(own.folder, own.graph, own.options, manner)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_agrees_and_an_error_in_it_is_found(
+    models: Path, tmp_path: Path, kind: str
+) -> None:
+    needs_onnx()
+    other = injected(tmp_path, kind, "blk.1.ffn_up.weight")
+    allowed = ROUNDED["onnx:cuda"]
+    with edgellama.load(models / f"{kind}.gguf", "reference") as exact:
+        ids = exact.tokenizer.encode(TEXT, bos=True)
+        with half(models / f"{kind}.gguf") as same:
+            found = _compared(exact, same, ids, allowed)
+        assert found.first is None and {n.stage for n in found.nodes} == {"unfused", "fused"}
+        assert max(node.nmse for node in found.nodes) > EXACT  # half precision really ran
+        with half(other) as wrong:
+            found = _compared(exact, wrong, ids, allowed)
+        assert found.first is not None and found.first.name == "blk.1.ffn_up"
+
+
+def test_the_cpu_may_be_named(models: Path) -> None:
+    needs_onnx()
+    found = diff(models / "F32.gguf", a="onnx", b="onnx:cpu", text=TEXT)
+    assert (found.a, found.b) == ("onnx", "onnx") and found.tolerance == EXACT
+    assert found.first is None and max(node.nmse for node in found.nodes) <= EXACT
+
+
+@pytest.mark.parametrize("pair", [("reference", "onnx:cuda"), ("onnx:cuda", "cpu")])
+def test_a_device_that_is_not_there(
+    models: Path, pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library's error and its reason, on either side; nothing runs elsewhere instead."""
+    needs_no_cuda()
+    with pytest.raises(edgellama.DeviceUnavailable, match=r"pip install 'edgellama\[cuda\]'"):
+        diff(models / "F32.gguf", a=pair[0], b=pair[1], text=TEXT)
+    line = ["diff", str(models / "F32.gguf"), "--a", pair[0], "--b", pair[1]]
+    assert run(line) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "device = 'cuda': this onnxruntime was built without CUDA" in err
+
+
+def test_cuda_takes_what_it_is_asked_for() -> None:
+    """Levels of accuracy and float32 in the cache are the CPU's: CUDA refuses them."""
+    needs_onnx()
+    from edgellama.runtimes.base import Options
+    from edgellama.runtimes.onnx_containers import EIGHT_BIT
+    from edgellama.runtimes.onnx_device import CUDA, Device
+
+    asked = _options("onnx:cuda", accuracy=0)
+    assert asked.pop("runtime") == "onnx" and asked["device"] == "cuda"
+    manner = Device("cuda", CUDA, EIGHT_BIT).manner(Options(context=64, threads=1, **asked))
+    assert manner.dtype == "float16"
+    for name in RUNTIMES[:-1]:
+        assert _options(name, accuracy=0)["device"] in ("auto", "cpu")
+
+
 # --- refusals, and the command -------------------------------------------------------------------
 
 
@@ -140,4 +218,7 @@ def test_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     document = json.loads(capsys.readouterr().out)
     assert document["agree"] is False and document["first"]["name"] == "blk.1.ffn_up"
     assert document["nodes"][0] == {"name": "token_embd", "stage": "unfused", "nmse": 0.0}
-    assert run(["diff", str(models / "F32.gguf"), "--a", "tpu"]) == 2
+    for wrong in ("tpu", "cpu:cuda", "onnx:"):
+        assert run(["diff", str(models / "F32.gguf"), "--a", wrong]) == 2
+        said = capsys.readouterr().err
+        assert f"a = '{wrong}'; allowed: cpu, onnx, reference, onnx:cpu, onnx:cuda" in said
