@@ -1,6 +1,7 @@
 """Chats with tiny models, without a terminal: begun, and told what a person would type."""
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from edgellama.cli.terminal import Terminal
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 CONTEXT = 256
+Begin = Callable[..., Chat]
+SMOLLM2 = (  # as the files of SmolLM2-Instruct carry it
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "Hello!"},
+    {"role": "assistant", "content": "Hi there."},
+    {"role": "user", "content": "What is 2+2?"},
+]
 
 
 def opened(path: Path, template: str | None = TEMPLATE) -> Model:

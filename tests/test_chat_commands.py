@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chatting import CONTEXT, TEMPLATE, begun, contents, opened, told
+from chatting import CONTEXT, TEMPLATE, Begin, begun, contents, opened, told
 
 import edgellama
 from edgellama import Model, Sampling
@@ -22,29 +20,7 @@ NO_SYSTEM = (
     "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 )
 
-Begin = Callable[..., Chat]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with opened(tmp_path_factory.mktemp("models") / "chat.gguf") as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def begin(model: Model) -> Begin:
-    return partial(begun, model)
-
-
-@pytest.fixture
-def chat(begin: Begin) -> Chat:
-    return begin()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with opened(tmp_path_factory.mktemp("models") / "base.gguf", None) as loaded:
-        yield loaded
+pytest_plugins = ["chat_fixtures"]
 
 
 # --- talking --------------------------------------------------------------------------------------

@@ -4,35 +4,16 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
-from chatting import CONTEXT, begun, contents, opened, told
+from chatting import CONTEXT, Begin, contents, told
 
 import edgellama
-from edgellama import Model
 from edgellama.cli import clipboard
 from edgellama.cli.chat import Chat
 
-Begin = Callable[..., Chat]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with opened(tmp_path_factory.mktemp("models") / "chat.gguf") as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def begin(model: Model) -> Begin:
-    return partial(begun, model)
-
-
-@pytest.fixture
-def chat(begin: Begin) -> Chat:
-    return begin()
+pytest_plugins = ["chat_fixtures"]
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,9 @@ from pseudoterminal import (
     UP,
     Window,
 )
-from terminalhome import BEGUN, LONG, Home, at_home, brief, shows, squeezed
+from terminalhome import BEGUN, LONG, Home, brief, shows, squeezed
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Iterator[Home]:
-    with at_home(tmp_path_factory.mktemp("home"), default_model) as home:
-        yield home
-
-
-@pytest.fixture
-def talk(home: Home) -> Window:
-    return home.talk()
+pytest_plugins = ["terminal_fixtures"]
 
 
 # --- conversations --------------------------------------------------------------------------------

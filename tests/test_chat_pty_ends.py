@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,18 +14,9 @@ if os.name != "posix":
     pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 
 from pseudoterminal import CTRL_C, CTRL_D, CTRL_Z, Window
-from terminalhome import BEGUN, CHAT, ESCAPE, GREEDY, LONG, Home, at_home, brief, shows
+from terminalhome import BEGUN, CHAT, ESCAPE, GREEDY, LONG, Home, brief, shows
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Iterator[Home]:
-    with at_home(tmp_path_factory.mktemp("home"), default_model) as home:
-        yield home
-
-
-@pytest.fixture
-def talk(home: Home) -> Window:
-    return home.talk()
+pytest_plugins = ["terminal_fixtures"]
 
 
 # --- the window -----------------------------------------------------------------------------------
