@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from edgellama.cli.settings import line_about, setting_named
 from edgellama.cli.spelling import beginning, plural, tokens_in_rows
 from edgellama.cli.terminal import colours
 from edgellama.control import CancelToken
-from edgellama.errors import ParameterError, shown
+from edgellama.errors import ParameterError, did_you_mean, shown
 from edgellama.regular_file import read_start
 
 if TYPE_CHECKING:
@@ -83,8 +82,7 @@ def named(name: str) -> Command:
     names = {each: known for known in COMMANDS.values() for each in (known.name, *known.also)}
     if name in names:
         return names[name]
-    near = get_close_matches(name, names, 1)
-    hint = f"Did you mean /{near[0]}?" if near else "/help shows them; // begins a message with /"
+    hint = did_you_mean(name, names, "/") or "/help shows them; // begins a message with /"
     raise ParameterError(f"There is no command {shown('/' + name)}", hint=hint)
 
 

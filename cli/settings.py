@@ -6,13 +6,12 @@ Texts in, settings out; `edgellama.Sampling` checks its own fields. Knows nothin
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, Self
 
 from edgellama.cli.reply import Wording
 from edgellama.cli.sampling import SAMPLING, bias
 from edgellama.control import CancelToken
-from edgellama.errors import ParameterError, require_choice, shown
+from edgellama.errors import ParameterError, did_you_mean, require_choice, shown
 from edgellama.generate import MOST_TOKENS
 from edgellama.overflow import POLICIES, Overflow
 from edgellama.sampling import ORDER, Sampling, checked_integer
@@ -69,8 +68,7 @@ def setting_named(text: str) -> str:
     name = text.replace("-", "_").lower()
     if name in NAMES:
         return name
-    near = get_close_matches(name, NAMES, 1)
-    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(NAMES)}"
+    hint = did_you_mean(name, NAMES) or f"There are {', '.join(NAMES)}"
     raise ParameterError(f"there is no setting {shown(text)}", field="setting", hint=hint)
 
 

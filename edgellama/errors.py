@@ -140,23 +140,28 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> str:
     """`value` if it is one of the choices, else ParameterError naming the parameter."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        allowed, meant = ", ".join(choices), _meant(value, choices)
+        allowed = ", ".join(choices)
         raise ParameterError(
             f"{name} = {shown(value)}; allowed: {allowed}",
             field=name,
             value=value,
             allowed=allowed,
-            hint=meant and f"Did you mean {meant}?",
+            hint=did_you_mean(value, choices, cutoff=0.75),  # gpu is not meant to be cpu
         )
     return value
 
 
-def _meant(value: object, choices: Iterable[str]) -> str | None:
-    """The choice that was misspelt, in whatever case."""
+def did_you_mean(
+    value: object, choices: Iterable[str], sign: str = "", *, cutoff: float = 0.6
+) -> str | None:
+    """A hint at the choice that was misspelt, in whatever case; None where no choice is near.
+
+    sign: what stands before a choice when it is typed. cutoff: how alike both must be, 0..1.
+    """
     if not isinstance(value, str) or len(value) > LONGEST_MISSPELT:
         return None
     from difflib import get_close_matches
 
     names = {choice.upper(): choice for choice in choices}
-    close = get_close_matches(value.upper(), names, n=1, cutoff=0.75)
-    return names[close[0]] if close else None
+    close = get_close_matches(value.upper(), names, n=1, cutoff=cutoff)
+    return f"Did you mean {sign}{names[close[0]]}?" if close else None
