@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled
@@ -31,8 +31,9 @@ class Background(Generic[T]):
     """The items of `work()`, made in another thread; leaving the `with` stops that thread.
 
     Within the `with`, the first Ctrl-C raises nothing: it sets `cancel` and `interrupted`, and
-    whatever the work still yields follows, within `grace` seconds. A second one raises
-    KeyboardInterrupt at once. `idle` is called now and then while nothing comes.
+    whatever the work still yields follows, within `grace` seconds. A second one goes to whoever
+    handled them before: Python, which raises KeyboardInterrupt at once, or `Noted`. `idle` is
+    called now and then while nothing comes.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Background(Generic[T]):
         self._work, self._cancel, self._idle, self._grace = work, cancel, idle, grace
         self._items: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._deadline = float("inf")
-        self._restore = False
+        self._before: Any = None  # the handler of Ctrl-C outside
         # a daemon: work that does not come to its end must not hold up the program's
         self._thread = threading.Thread(target=self._produce, name=_NAME, daemon=True)
 
@@ -61,22 +62,19 @@ class Background(Generic[T]):
 
     def __enter__(self) -> Self:
         # a handler that raised could strike anywhere in the caller's loop, not only while waiting
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
-            self._restore = True
+        self._before = _handled(self._interrupt)
         self._thread.start()
         return self
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
-            raise KeyboardInterrupt
+            self._before(number, frame)
         self.interrupted = True
         self._stop()
 
     def __exit__(self, *_: object) -> None:
-        if self._restore:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
         self._stop()
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
 
@@ -101,6 +99,41 @@ class Background(Generic[T]):
             except queue.Empty:
                 self._idle()
         raise KeyboardInterrupt
+
+
+class Noted:
+    """Within the `with`, Ctrl-C raises nothing and sets `pressed`: nothing is left half done.
+
+    Should it come again after `GRACE` seconds, something hangs, and KeyboardInterrupt is raised.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._first = float("inf")
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        self._before = _handled(self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._first > GRACE:
+            raise KeyboardInterrupt
+        self.pressed, self._first = True, min(now, self._first)
+
+
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Any:
+    """Have Ctrl-C handled; returns the handler before, or None where that is not to be changed."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        return None
+    signal.signal(signal.SIGINT, handler)
+    return before
 
 
 def in_background(

@@ -118,9 +118,12 @@ class Chat:
 
     def hear(self, answer: Callable[[], Reply]) -> None:
         """Show a reply, and what there is to know about it."""
-        hushed = self._keyboard.hushed() if self._keyboard else contextlib.nullcontext()
-        with hushed:
-            reply = answer()
+        alone = self._keyboard.answering() if self._keyboard else contextlib.nullcontext()
+        with alone:
+            self._hear(answer)
+
+    def _hear(self, answer: Callable[[], Reply]) -> None:
+        reply = answer()
         exchanges = self.conversation.exchanges
         kept = bool(exchanges) and exchanges[-1].reply is reply
         if not self.terminal.json:

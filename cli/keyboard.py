@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from edgellama.cli.background import Noted
 from edgellama.cli.history import history_file, remember, remembered
 from edgellama.cli.terminal import Terminal, Terminated, draws
 
@@ -39,6 +40,7 @@ class Keyboard:
         """`streams`: prompt_toolkit's input and output, if not those of this process."""
         self._terminal = terminal
         self._drawn = bool(streams) or draws()
+        self._warned = False  # of what one more Ctrl-C does
         self._read: Callable[[], str] = (
             partial(_edited, _editor(commands, streams)) if self._drawn else _plain
         )
@@ -48,7 +50,8 @@ class Keyboard:
 
         The first Ctrl-C at an empty prompt hints at the way out, the second is passed on.
         """
-        warned = False
+        if self._warned:
+            self._warn()
         while True:
             try:
                 text = unfenced(self._read())
@@ -57,13 +60,27 @@ class Keyboard:
             except Terminated:
                 raise
             except KeyboardInterrupt:
-                if warned:
+                if self._warned:
                     raise
-                warned = True
-                self._terminal.tell("Ctrl-D or /exit leaves; Ctrl-C once more does, too.")
+                self._warn()
                 continue
             if text.strip() or empty:
+                self._warned = False
                 return text
+
+    def _warn(self) -> None:
+        self._warned = True
+        self._terminal.tell("Ctrl-D or /exit leaves; Ctrl-C once more does, too.")
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Hushed while a reply is made; a Ctrl-C that it leaves over is one at the next prompt."""
+        with Noted() as left:
+            try:
+                with self.hushed():
+                    yield
+            finally:
+                self._warned = left.pressed
 
     @contextlib.contextmanager
     def hushed(self) -> Iterator[None]:

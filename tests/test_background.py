@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgellama.cli.background import Background, in_background, still_working
+from edgellama.cli.background import Background, Noted, in_background, still_working
 from edgellama.control import CancelToken
 from edgellama.errors import ParameterError
 
@@ -85,6 +85,23 @@ def test_second_interrupt_is_final() -> None:
         interrupt()
         assert running.interrupted
         interrupt()
+
+
+def test_noted_interrupts_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancel, begun = CancelToken(), threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    with Noted() as left:
+        with Background(lambda: until_cancelled(cancel, begun), cancel) as running:
+            interrupt()
+            assert running.interrupted and not left.pressed  # that one was the reply's
+            interrupt()
+            assert list(running)[-1] == -1
+        assert left.pressed
+        interrupt()
+        monkeypatch.setattr("edgellama.cli.background.GRACE", -1.0)  # that time has passed
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_leaving_early_stops_the_work() -> None:

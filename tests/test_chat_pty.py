@@ -136,6 +136,19 @@ def test_ctrl_c_while_it_writes(home: Home, talk: Window) -> None:
     assert home.saved(talk)[1] == said[1]
 
 
+def test_ctrl_c_again_at_once(home: Home, talk: Window) -> None:
+    """Two may be seen as one; whenever the second is seen, the reply stays and the chat goes on."""
+    editors, row = talk.screen.editors, talk.screen.row
+    talk.type(LONG + "\r")
+    talk.sees(BEGUN, row)
+    talk.type(CTRL_C)
+    talk.type(CTRL_C)
+    talk.prompted(editors)
+    said = home.saved(talk)
+    assert said[0] == LONG and len(said[1]) >= 20
+    assert "Traceback" not in talk.text(row)
+
+
 def test_ctrl_c_while_it_reads_ten_kilobytes_of_paste(home: Home, talk: Window) -> None:
     pasted = "\n".join(f"{n}: a b c d e f g h i j k l m n o p 日本語 é ñ" for n in range(160))
     assert len(pasted.encode()) > 8_000
