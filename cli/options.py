@@ -257,7 +257,9 @@ Separator = Annotated[
     str | None,
     _twin("--separator", help="Prompts of --file end at a line that is this text alone."),
 ]
-A = Annotated[str, _choice("--a", "diff", "RUNTIMES", help="cpu, onnx or reference, for FILE.")]
+A = Annotated[
+    str, _choice("--a", "diff", "RUNTIMES", help="cpu, onnx, onnx:cuda or reference, for FILE.")
+]
 B = Annotated[str, _choice("--b", "diff", "RUNTIMES", help="The same, to compare with.")]
 DiffText = Annotated[Path | None, _twin("--text", help="A UTF-8 text to compute, up to 64 tokens.")]
 Tolerance = Annotated[

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from edgellama import formats_layouts as layouts
 from edgellama.chat import ChatTemplate
-from edgellama.errors import ParameterError, shown
+from edgellama.errors import ParameterError, did_you_mean, shown
 from edgellama.formats import ChatFormat
 
 LLAMA31_DATE = "26 Jul 2024"
@@ -132,16 +132,13 @@ def format_named(name: str, *, date: str | None = None) -> ChatFormat:
     """
     form = FORMATS.get(name)
     if form is None:
-        from difflib import get_close_matches
-
-        close = get_close_matches(str(name), FORMATS, n=1)
         raise ParameterError(
             f"template = {shown(name)} is no Jinja text and no format's name; the formats are "
             + ", ".join(FORMATS),
             field="template",
             value=name,
             allowed=", ".join(FORMATS),
-            hint=f"Did you mean {close[0]}?" if close else None,
+            hint=did_you_mean(name, FORMATS),
         )
     if date is None:
         return form
