@@ -19,7 +19,7 @@ from edgellama.ggml import BY_NAME
 from edgellama.gguf import open_gguf
 from edgellama.graph import Graph, decoder
 from edgellama.machine import available_memory, usable_cores
-from edgellama.opening import DEVICES, RUNTIMES
+from edgellama.opening import chosen_runtime
 from edgellama.paths import model_path
 from edgellama.weights import check_tensors, expected_shapes, model_config
 
@@ -153,12 +153,7 @@ def estimate_shape(
     every weight by name; vectors are F32. containers: how an ONNX folder keeps types that have a
     minimum, "exact" or "8-bit"; "" for what the device wants.
     """
-    require_choice("runtime", runtime, RUNTIMES)
-    require_choice("device", device, DEVICES)
-    if device == "cuda":
-        require_choice("runtime", runtime, ("auto", "onnx"))
-        runtime = "onnx"
-    runtime = "cpu" if runtime == "auto" else runtime
+    runtime = chosen_runtime(runtime, device)
     on_gpu = device == "cuda"
     tokens = config.context_length if context is None else context
     case = _Case(
@@ -170,16 +165,14 @@ def estimate_shape(
         containers or ("8-bit" if on_gpu else "exact"),
     )
     found = _cuda(case) if on_gpu else _ON_CPU[runtime](case)
-    memory = found | {"tokenizer": config.vocab_size * TOKEN, "program": PROGRAM[runtime]}
-    if on_gpu:
-        memory = {"scratch": CUDA_ON_HOST} | {k: memory[k] for k in ("tokenizer", "program")}
+    always = {"tokenizer": config.vocab_size * TOKEN, "program": PROGRAM[runtime]}
     return Estimate(
         runtime,
         "cuda" if on_gpu else "cpu",
         case.threads,
         case.context,
         _kept(runtime, on_gpu, kv_type),
-        memory,
+        ({"scratch": CUDA_ON_HOST} if on_gpu else found) | always,
         found if on_gpu else {},
         available_memory(),
         _notes(runtime),

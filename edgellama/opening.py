@@ -71,12 +71,8 @@ def load(
     Raises ModelFormatError, UnsupportedModelError, ModelConfigError, TokenizerError or
     NonFiniteError for the file; ParameterError, DeviceUnavailable, OutOfMemory, Cancelled.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ParameterError(f"path is {type(path).__name__}; allowed: str or os.PathLike")
-    require_token(cancel)
-    if progress is not None and not callable(progress):
-        raise ParameterError("progress cannot be called; allowed: a function or None")
-    chosen = _check_choice(runtime, device, dtype, deterministic, accuracy)
+    _check_kinds(path, cancel, progress)
+    chosen = chosen_runtime(runtime, device, dtype, deterministic, accuracy)
     file_path = model_path(os.fspath(path))
     folder = _onnx_folder(file_path, runtime, cancel, progress)
     if folder is not None:
@@ -101,6 +97,14 @@ def load(
     for warning in model.info.warnings:
         _LOG.warning("%s: %s", file_path.name, warning)
     return model
+
+
+def _check_kinds(path: object, cancel: object, progress: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ParameterError(f"path is {type(path).__name__}; allowed: str or os.PathLike")
+    require_token(cancel)
+    if progress is not None and not callable(progress):
+        raise ParameterError("progress cannot be called; allowed: a function or None")
 
 
 def _checked(
@@ -140,8 +144,12 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _check_choice(
-    runtime: str, device: str, dtype: str | None, deterministic: bool, accuracy: int | None
+def chosen_runtime(
+    runtime: str,
+    device: str,
+    dtype: str | None = None,
+    deterministic: bool = False,
+    accuracy: int | None = None,
 ) -> str:
     """The runtime to open; what cannot be had, or does not fit it, is refused."""
     require_choice("runtime", runtime, RUNTIMES)
