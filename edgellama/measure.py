@@ -9,6 +9,7 @@ is such a process; WORK is a JSON object (see `fresh_process`), and so is what i
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -121,28 +122,14 @@ def compare(
     cancel = cancel or CancelToken()
     steps = _Steps(len(runtimes) * (rounds + 1 + cold_rounds), cancel, progress)
     places = dict(zip(runtimes, (device, "auto"), strict=False))
+    alike = functools.partial(load, path, threads=threads, context=context, cancel=cancel)
     with contextlib.ExitStack() as loaded:
-        models = [
-            loaded.enter_context(
-                load(
-                    path,
-                    runtime=name,
-                    device=where,
-                    threads=threads,
-                    context=context,
-                    cancel=cancel,
-                )
-            )
-            for name, where in places.items()
-        ]
+        models = [loaded.enter_context(alike(name, device=at)) for name, at in places.items()]
         used, work = models[0].device["threads"], Work.of(models[0])
         warm = _warm(models, work, rounds, steps)
         devices = [model.device for model in models]
-    cold = in_turns(
-        [_cold(path, name, where, used, context, cancel) for name, where in places.items()],
-        cold_rounds,
-        steps.next,
-    )
+    starts = [_cold(path, name, at, used, context, cancel) for name, at in places.items()]
+    cold = in_turns(starts, cold_rounds, steps.next)
     samples = [w | c for w, c in zip(warm, cold, strict=True)]
     return Comparison(
         path,
