@@ -74,10 +74,8 @@ def collect(
     ) as loaded:
         cut = chunked(loaded.tokenizer, text, context, chunks)
         origin = _origin(path, chunked(loaded.tokenizer, text, context), context)
-        found = _earlier(output, origin, len(cut))
-        if found is None:
-            keys = {ORIGIN: origin}
-            found = Importance({}, {}, 0, context, [dataset] if dataset else [], keys)
+        nothing = Importance({}, {}, 0, context, [dataset] if dataset else [], {ORIGIN: origin})
+        found = _earlier(output, origin, len(cut)) or nothing
         collector = _Collector(loaded._runtime, path, found)
         for number in range(found.chunks, len(cut)):
             if progress:
