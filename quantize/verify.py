@@ -78,6 +78,17 @@ def verify(
         from edgellama.quantize.verify_onnx import verify_folder
 
         return verify_folder(Path(path), runtime, device, threads, cancel, progress)
+    return _verify_file(path, runtime, device, threads, cancel, progress)
+
+
+def _verify_file(
+    path: str | os.PathLike[str],
+    runtime: str,
+    device: str,
+    threads: int | None,
+    cancel: CancelToken | None,
+    progress: Progress | None,
+) -> Verdict:
     with open_gguf(path) as file:
         certificate = read_certificate(file.metadata, file.path)
         config = model_config(file)
