@@ -117,25 +117,30 @@ def _type_of(component: Any, path: Path, place: str) -> str:
 
 def _step(kind: str, part: Mapping[str, Any], path: Path, place: str) -> tuple[Any, ...]:
     """The type and what changes the result; what only reports offsets is left out."""
-    if kind == "ByteLevel" and not place.startswith("decoder"):
-        values = [part.get("add_prefix_space", True), part.get("use_regex", True)]
-    elif kind == "Digits":
-        values = [part.get("individual_digits", False)]
-    elif kind == "Split":
-        values = [_pattern(part), part.get("behavior"), part.get("invert", False)]
-    elif kind == "Replace":
-        values = [_pattern(part), part.get("content")]
-    elif kind == "Metaspace":
-        values = [part.get("replacement"), _scheme(part), part.get("split", True)]
-    elif kind == "Prepend":
-        values = [part.get("prepend")]
-    elif kind == "Strip":
-        values = [part.get("content"), part.get("start"), part.get("stop")]
-    else:
-        values = []
+    as_decoder = kind == "ByteLevel" and place.startswith("decoder")
+    values = [] if as_decoder else _arguments(kind, part)
     if not all(isinstance(value, (str, bool, int)) for value in values):
         refuse(f"{shown(dict(part))} lacks what a {shown(kind)} needs", path, place)
     return (kind, *values)
+
+
+def _arguments(kind: str, part: Mapping[str, Any]) -> list[Any]:
+    match kind:
+        case "ByteLevel":
+            return [part.get("add_prefix_space", True), part.get("use_regex", True)]
+        case "Digits":
+            return [part.get("individual_digits", False)]
+        case "Split":
+            return [_pattern(part), part.get("behavior"), part.get("invert", False)]
+        case "Replace":
+            return [_pattern(part), part.get("content")]
+        case "Metaspace":
+            return [part.get("replacement"), _scheme(part), part.get("split", True)]
+        case "Prepend":
+            return [part.get("prepend")]
+        case "Strip":
+            return [part.get("content"), part.get("start"), part.get("stop")]
+    return []
 
 
 def _pattern(part: Mapping[str, Any]) -> Any:
