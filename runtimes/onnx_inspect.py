@@ -16,7 +16,7 @@ from edgellama.errors import (
     UnsupportedModelError as Unsupported,
     shown,
 )
-from edgellama.quantize.protobuf import Field, Message
+from edgellama.quantize.protobuf import BYTES, Field, Message
 from edgellama.runtimes.onnx_wire import (
     DTYPES,
     IR_VERSION,
@@ -161,23 +161,32 @@ class _Inspection:
             self.external(tensor)
 
     def tensor_field(self, tensor: _Tensor, part: Field) -> None:
-        if part.number == 1 and part.wire == 2:
-            at = part.start
-            while at < part.end:
-                value, at = self.message._varint(at, part.end)
-                tensor.dims.append(value)
-        elif part.number == 1:
-            tensor.dims.append(part.value)
+        if part.number == 1:
+            tensor.dims += self.dims(part)
         elif part.number == 2:
             tensor.dtype = self.message.integer(part, "data_type")
         elif part.number == 8:
             tensor.name = self.message.name(part)
         elif part.number == 13:
-            texts = {1: "", 2: ""}
-            for inner in self.message.inner(part, "external_data"):
-                if inner.number in texts:
-                    texts[inner.number] = self.message.name(inner)
-            tensor.entries.append((texts[1], texts[2]))
+            tensor.entries.append(self.entry(part))
+
+    def dims(self, part: Field) -> Iterator[int]:
+        """One, or a packed sequence of them."""
+        if part.wire != BYTES:
+            yield part.value
+            return
+        at = part.start
+        while at < part.end:
+            value, at = self.message._varint(at, part.end)
+            yield value
+
+    def entry(self, part: Field) -> tuple[str, str]:
+        """Key and value."""
+        texts = {1: "", 2: ""}
+        for inner in self.message.inner(part, "external_data"):
+            if inner.number in texts:
+                texts[inner.number] = self.message.name(inner)
+        return texts[1], texts[2]
 
     def external(self, tensor: _Tensor) -> None:
         entries = dict(tensor.entries)
