@@ -1,7 +1,9 @@
 # %% [markdown]
-# # A model, looked at from Python
-# Cells for an editor that knows `# %%`, or a whole program: `python examples/notebook.py`.
-# Needs nothing but edgellama, and the default model (`edgellama pull`).
+"""# A model, looked at from Python
+
+Cells for an editor that knows `# %%`, or a whole program: `python examples/notebook.py`.
+Needs nothing but edgellama, and the default model (`edgellama pull`).
+"""
 
 # %% Load
 import math
