@@ -2,7 +2,7 @@
 lines.
 
 Enter sends, unless a fence of three quotes is open or the line ends with a backslash; Alt-Enter and
-Ctrl-J begin a new line, and what is pasted is one message. Knows nothing about models.
+Ctrl-J begin a new line, and what is pasted is one message, as it is. Knows nothing about models.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellama.cli.background import Noted
 from edgellama.cli.history import history_file, remember, remembered
+from edgellama.cli.pasting import FENCE, Pastes
 from edgellama.cli.terminal import Terminal, Terminated, draws
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from edgellama.cli.commands import Command
 
-FENCE = '"""'
 PROMPT, MORE = ">>> ", "... "
 PLACEHOLDER = "Send a message (/help shows commands)"
 
@@ -42,7 +42,7 @@ class Keyboard:
         self._drawn = bool(streams) or draws()
         self._warned = False  # of what one more Ctrl-C does
         self._read: Callable[[], str] = (
-            partial(_edited, _editor(commands, streams)) if self._drawn else _plain
+            partial(_edited, *_editor(commands, streams)) if self._drawn else _plain
         )
 
     def message(self, empty: bool = False) -> str | None:
@@ -145,10 +145,11 @@ def _plain() -> str:
     return "\n".join(lines)
 
 
-def _edited(session: "PromptSession[str]") -> str:
-    """A message from the editor. SIGTERM and SIGHUP, where they are handled, end it in order.
+def _edited(session: "PromptSession[str]", pastes: Pastes) -> str:
+    """A message from the editor, as if all of it had been typed.
 
-    An exception amid its work would be printed, and Enter asked for. Raises Terminated.
+    SIGTERM and SIGHUP, where they are handled, end it in order: an exception amid its work would be
+    printed, and Enter asked for. Raises Terminated.
     """
     app, ended = session.app, False
 
@@ -162,11 +163,12 @@ def _edited(session: "PromptSession[str]") -> str:
         if app.loop is not None:
             app.loop.call_soon_threadsafe(leave)
 
+    pastes.forget()
     with _handling(end):
         text = session.prompt(pre_run=leave)
     if ended:
         raise Terminated
-    return text
+    return pastes.typed(text)
 
 
 @contextlib.contextmanager
@@ -182,7 +184,9 @@ def _handling(end: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "PromptSession[str]":
+def _editor(
+    commands: "Mapping[str, Command]", streams: Mapping[str, Any]
+) -> "tuple[PromptSession[str], Pastes]":
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
     from prompt_toolkit.filters import Condition, is_done, is_searching
@@ -192,27 +196,31 @@ def _editor(commands: "Mapping[str, Command]", streams: Mapping[str, Any]) -> "P
 
     if not streams:  # stdout is for the model's text alone
         streams = {"output": create_output(stdout=sys.stderr)}
-    path, elsewhere = history_file(), is_searching | is_done
-    return PromptSession(
+    path, elsewhere, pastes = history_file(), is_searching | is_done, Pastes()
+    session: PromptSession[str] = PromptSession(
         PROMPT,
         multiline=True,
         prompt_continuation=_margin,
-        key_bindings=_keys(),
-        history=kept_history(path),
+        key_bindings=_keys(pastes),
+        history=kept_history(path, pastes.typed),
         completer=Words(commands),
         complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
         placeholder=lambda: [] if elsewhere() else [("fg:ansibrightblack", PLACEHOLDER)],
         **streams,
     )
+    return session, pastes
 
 
-def kept_history(path: "Path | None") -> "History":
-    """The editor's view of the history file."""
+def kept_history(path: "Path | None", spelled: Callable[[str], str] = str) -> "History":
+    """The editor's view of the history file; `spelled` is what is kept of a message."""
     from prompt_toolkit.history import History
 
     class Remembered(History):
         def load_history_strings(self) -> Iterable[str]:
             return reversed(remembered(path))  # newest first
+
+        def append_string(self, string: str) -> None:
+            super().append_string(spelled(string))
 
         def store_string(self, string: str) -> None:
             remember(path, string)
@@ -225,21 +233,28 @@ def _margin(width: int, line: int, wraps: int) -> str:
     return " " * len(MORE) if wraps else MORE
 
 
-def _keys() -> "KeyBindings":
+def _keys(pastes: Pastes) -> "KeyBindings":
     """What keys do in a message; while the history is searched, they do what they always did."""
     from prompt_toolkit.enums import DEFAULT_BUFFER
     from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.keys import Keys
 
     keys, writing = KeyBindings(), has_focus(DEFAULT_BUFFER)
 
     @keys.add("enter", filter=writing)
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if unfinished(buffer.text):
+        if unfinished(pastes.typed(buffer.text)):
             buffer.newline(copy_margin=False)
         else:
             buffer.validate_and_handle()
+
+    @keys.add(Keys.BracketedPaste, filter=writing)
+    def _(event: KeyPressEvent) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        pastes.add(text)
+        event.current_buffer.insert_text(text)
 
     @keys.add("escape", "enter", filter=writing)
     @keys.add("c-j", filter=writing)
@@ -254,6 +269,7 @@ def _keys() -> "KeyBindings":
     def _(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
+            pastes.forget()
         else:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 

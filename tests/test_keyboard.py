@@ -74,7 +74,7 @@ def typed(pipe: PipeInput) -> Type:
         ('"""\r\r  one\r"""\r', "  one"),
         ('say """ this\r', 'say """ this'),
         (f"{PASTE}one\rtwo\n\nthree{PASTED}\r", "one\ntwo\n\nthree"),
-        (f"{PASTE}/exit\r/help{PASTED} \r", "/exit\n/help"),
+        (f"{PASTE}/help set{PASTED}\r", "/help set"),
         (f"typed{CTRL_C}other\r", "other"),
         ("/cl\t\r", "/clear"),
         ("/set over\t\r", "/set overflow"),
@@ -89,6 +89,36 @@ def test_a_large_paste_is_one_message(typed: Type) -> None:
     text = "\n".join("lines of some length, " * 5 for _ in range(100))
     assert len(text) > 10_000
     assert typed(f"{PASTE}{text}{PASTED}\r") == text.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("keys", "sent"),
+    [
+        (f"{PASTE}// a\rb{PASTED}\r", "// a\nb"),
+        (f"{PASTE}//a{PASTED}\r", "//a"),
+        (f"  {PASTE}//a{PASTED} b\r", "//a b"),
+        ("//a\r", "/a"),  # that was typed
+        (f"{PASTE}/* a */\rb{PASTED} \r", "/* a */\nb"),
+        (f"{PASTE}/exit\r/help{PASTED}\r", "/exit\n/help"),
+        (f'{PASTE}"""a"""\rb{PASTED}\r', '"""a"""\nb'),
+        (f'{PASTE}"""a\rb{PASTED}\r', '"""a\nb'),
+        (f'{PASTE}"""a\rb"{PASTED}\r', '"""a\nb"'),
+        (f"{PASTE}a \\\rb \\{PASTED}\r", "a \\\nb \\"),
+        (f"one\\\rtwo {PASTE}a \\\rb{PASTED}\r", "one\ntwo a \\\nb"),
+        (f'"""{PASTE}a\\\rb{PASTED}"""\r', "a\\\nb"),
+        (f"{PASTE}//a\rb{PASTED}{CTRL_C}//a\r", "/a"),
+    ],
+)
+def test_a_paste_is_taken_as_it_is(keys: str, sent: str, typed: Type) -> None:
+    assert taken(typed(keys)) == sent
+    assert taken(typed(f"{UP}\r")) == sent  # from the history
+
+
+def taken(message: str | None) -> str:
+    """What a chat sends: it takes one slash of two away."""
+    assert message is not None
+    assert not message.startswith("/") or message.startswith("//"), "a command"
+    return message[1:] if message.startswith("//") else message.strip()
 
 
 def test_typed_ahead(typed: Type) -> None:
