@@ -140,7 +140,7 @@ class Conversation:
             before=ahead,
             markdown=self.markdown,
         )
-        return _counted(reply, ahead)
+        return ahead.counted(reply)
 
     def _completion(self, message: str, attempt: int) -> Reply:
         tokenizer, cancel = self.model.tokenizer, CancelToken()
@@ -152,9 +152,9 @@ class Conversation:
                 ids, self._params(attempt), same_text=True, **self.settings.limits(cancel)
             ),
             cancel,
-            before=ahead if len(ids) <= self.model.info.context else None,
+            before=ahead,
         )
-        return _counted(reply, ahead)
+        return ahead.counted(reply)
 
     def _params(self, attempt: int) -> Sampling:
         """The settings, with another seed for each attempt: the same one repeats the reply."""
@@ -201,9 +201,3 @@ class Conversation:
             "messages": self.messages(),
             "replies": [reply.document() for reply in self.replies],
         }
-
-
-def _counted(reply: Reply, ahead: ReadAhead) -> Reply:
-    if reply.usage is None:
-        return reply
-    return replace(reply, usage=ahead.counted(reply.usage))

@@ -1,4 +1,5 @@
-"""A long prompt, read into a session piece by piece, so that there is progress to show.
+"""A long prompt of `run` or `chat`, read into a session piece by piece, so that there is progress
+to show.
 
 What comes after it in the session is computed as if it had not been read ahead. Knows nothing about
 messages or terminals but what a display shows.
@@ -9,13 +10,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from edgellama.cli.reply import READING
+from edgellama.cli.reply import READING, Reply
 from edgellama.cli.terminal import Display
 from edgellama.control import CancelToken
 from edgellama.reuse import as_cached, shared_length
 
 if TYPE_CHECKING:
-    from edgellama.generate import Usage
     from edgellama.session import Session
 
 PIECE = 256  # tokens: as many as a runtime reads at once, so that it rounds as it would have
@@ -32,9 +32,14 @@ class ReadAhead:
         self._seconds = 0.0
 
     def __call__(self, display: Display) -> None:
-        """Read all but the last piece. Raises Cancelled, and what `ids` raises."""
+        """Read all but the last piece; nothing of what the reply will refuse as too long.
+
+        Raises Cancelled, and what `ids` raises.
+        """
         session, model = self._session, self._session.model
         given = self._ids()
+        if len(given) > model.info.context:
+            return
         ids = as_cached(session.ids, given, model.tokenizer)
         if len(ids) > model.info.context:  # the same text in more tokens
             ids = list(given)
@@ -49,8 +54,9 @@ class ReadAhead:
         finally:
             self._seconds = perf_counter() - started
 
-    def counted(self, usage: "Usage") -> "Usage":
-        if self._known is None:
-            return usage
-        seconds = usage.prefill_seconds + self._seconds
-        return replace(usage, reused_tokens=self._known, prefill_seconds=seconds)
+    def counted(self, reply: Reply) -> Reply:
+        if self._known is None or reply.usage is None:
+            return reply
+        seconds = reply.usage.prefill_seconds + self._seconds
+        usage = replace(reply.usage, reused_tokens=self._known, prefill_seconds=seconds)
+        return replace(reply, usage=usage)

@@ -1,10 +1,12 @@
 """`edgellama run`: an answer to a prompt, or to each of a file; stdout gets the text alone."""
 
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellama.cli.prefill import ReadAhead
 from edgellama.cli.reply import Reply, Running, Wording, finish, load_model, show_reply
 from edgellama.cli.templates import Asked, asked_template, source_of, template_of
 from edgellama.cli.terminal import Terminal
@@ -13,6 +15,7 @@ from edgellama.errors import EdgeLlamaError, ParameterError
 
 if TYPE_CHECKING:
     import edgellama
+    from edgellama.generate import Chunk
 
 LONGEST_PROMPT = 16 << 20  # bytes; far beyond any context, and `yes |` never ends
 
@@ -68,6 +71,9 @@ def run_prompts(terminal: Terminal, name: str, prompts: Prompts, manner: Manner)
         raise KeyboardInterrupt
 
 
+_Reading = tuple[ReadAhead, Callable[[], Iterable["Chunk"]]]  # the prompt, and then the reply
+
+
 class _Answering:
     """A loaded model, and how it is asked."""
 
@@ -92,19 +98,35 @@ class _Answering:
         }
 
     def reply(self, text: str) -> Reply:
-        model, system, cancel = self.model, self.manner.system, CancelToken()
+        cancel = CancelToken()
+        ahead, chunks = (self._answer if self.chat else self._continuation)(text, cancel)
+        return ahead.counted(show_reply(self.terminal, chunks, cancel, before=ahead))
+
+    def _answer(self, text: str, cancel: CancelToken) -> _Reading:
+        model, system, session = self.model, self.manner.system, self.model.session()
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
+        template, limits = template_of(self.asked, model), self.manner.wording.limits(cancel)
+        how: dict[str, Any] = {"template": template, "session": session, **limits}
+
+        def ids() -> list[int]:
+            return model.fitted(messages, template=template, overflow="error", cancel=cancel).ids
+
+        return (
+            ReadAhead(session, ids, cancel),
+            lambda: model.chat(messages, self.params, **how),
+        )
+
+    def _continuation(self, text: str, cancel: CancelToken) -> _Reading:
+        model, session, tokenizer = self.model, self.model.session(), self.model.tokenizer
         limits = self.manner.wording.limits(cancel)
-        template = template_of(self.asked, model)
-        return show_reply(
-            self.terminal,
-            lambda: (
-                model.chat(messages, self.params, template=template, **limits)
-                if self.chat
-                else model.generate(text, self.params, **limits)
-            ),
-            cancel,
+
+        def ids() -> list[int]:
+            return tokenizer.encode(text, bos=tokenizer.add_bos, cancel=cancel)
+
+        return (
+            ReadAhead(session, ids, cancel),
+            lambda: model.generate(text, self.params, session=session, **limits),
         )
 
 

@@ -54,7 +54,8 @@ def test_reading_ahead_changes_nothing(model: Model) -> None:
     assert [chunk.token for chunk in chunks] == [chunk.token for chunk in alone]
     told, usage = chunks[-1].usage, alone[-1].usage
     assert told is not None and usage is not None and told.reused_tokens == 2 * PIECE
-    counted = ahead.counted(told)
+    counted = ahead.counted(Reply("", usage=told)).usage
+    assert counted is not None
     assert (counted.prompt_tokens, counted.reused_tokens) == (usage.prompt_tokens, 0)
     assert counted.prefill_seconds > told.prefill_seconds
 

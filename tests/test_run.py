@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config, write_tiny
 
+import edgellama
 from edgellama.cli.main import run
+from edgellama.cli.prefill import PIECE
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 OPTIONS = ("--runtime", "reference", "--seed", "7", "-n", "6", "--quiet")
@@ -72,6 +74,34 @@ def test_prompts_of_many_lines_in_a_pipe(model: Path, capsys: pytest.CaptureFixt
     texts = [one(model, prompt, capsys) for prompt in ("the\n\ncat", "an ant\n--- ")]
     ended = [text if text.endswith("\n") else f"{text}\n" for text in texts]
     assert done.stdout == "---\n".join(ended)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_long_prompt_is_read_as_if_at_once(
+    raw: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Piece by piece, so that there is progress to show; text and counts are the same."""
+    metadata = {"tokenizer.chat_template": TEMPLATE}
+    path = write_tiny(tmp_path / "a.gguf", tiny_config(context_length=1024), metadata=metadata)
+    prompt = "the cat and " * 70
+    arguments = ["run", str(path), prompt, *OPTIONS, "--json", *(["--raw"] if raw else [])]
+    assert run(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    with edgellama.load(path, runtime="reference") as model:
+        params = edgellama.Sampling(seed=7)
+        talk = [{"role": "user", "content": prompt}]
+        if raw:
+            chunks = [*model.generate(prompt, params, max_tokens=6)]
+        else:
+            chunks = [*model.chat(talk, params, max_tokens=6)]
+    usage = chunks[-1].usage
+    assert usage is not None and usage.prompt_tokens > 2 * PIECE
+    assert document["text"] == "".join(chunk.text for chunk in chunks)
+    for name in ("prompt_tokens", "completion_tokens", "reused_tokens", "seed"):
+        assert document["usage"][name] == getattr(usage, name)
+    assert document["usage"]["prefill_seconds"] > 0
+    assert run([*arguments[:2], prompt * 3, *arguments[3:]]) == 1
+    assert "fit the context of 1024" in capsys.readouterr().err
 
 
 def test_where_it_went_wrong(
