@@ -21,8 +21,9 @@ MOST_PARTS = 2**20  # brackets, braces and commas; each costs far more memory th
 DEEPEST = 64  # levels of nesting
 LONGEST_NUMBER = 400  # characters; a float64 never needs more
 
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]|[^\s\[\]{}:,"]+', re.DOTALL)
-_SHAPE = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+_STRING = r'"(?:[^"\\]++|\\.?)*+"?'  # one without an end, too, lest every quote in it begin another
+_TOKEN = re.compile(_STRING + r'|[\[\]{}]|[^\s\[\]{}:,"]+', re.DOTALL)
+_SHAPE = re.compile(_STRING + r"|[\[\]{}]", re.DOTALL)
 _COLON = re.compile(r"\s*:")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 
@@ -56,6 +57,16 @@ def test_repeated_keys_are_found_in_linear_time(tmp_path):
     text = '{"a": [' + '"b",' * 500_000 + '"b"], "a": 0}'
     with pytest.raises(EdgeLlamaError, match=f"column {len(text) - 6}: the key 'a' appears twice"):
         parse_json(text.encode(), tmp_path / "x")
+
+
+@pytest.mark.parametrize("end", ["", "\\", "\n"])
+def test_a_string_without_an_end_is_read_once(tmp_path, end):
+    """Its escaped quotes begin no strings of their own, which would take half a minute."""
+    text = '{"' + '\\"' * 40_000 + end
+    started = time.perf_counter()
+    with pytest.raises(EdgeLlamaError, match="not JSON"):
+        parse_json(text.encode(), tmp_path / "x")
+    assert time.perf_counter() - started < 5  # it takes 5 ms
 
 
 @pytest.mark.parametrize(
