@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgellama.cli import report
 from edgellama.cli.commands import COMMANDS, obey
-from edgellama.cli.conversation import Conversation
+from edgellama.cli.conversation import Conversation, Unseen
 from edgellama.cli.keyboard import Keyboard
 from edgellama.cli.pull import pull_model
 from edgellama.cli.reply import Reply, Running, Wording, load_model
@@ -75,7 +75,7 @@ class Chat:
         self.stats = stats  # whether a footer follows each reply
         self.files: list[str] = []  # texts that go in front of the next message
         self.draft = ""  # a message that was not kept, for /edit
-        self._unseen: tuple[int, ...] = ()  # messages that did not fit the context last time
+        self._unseen: tuple[int, ...] | int = ()  # messages that did not fit last time, or tokens
         self._future = ""  # what was said of the next message
         self._keyboard: Keyboard | None = None
 
@@ -148,11 +148,11 @@ class Chat:
     def _warn(self, reply: Reply) -> None:
         """Of messages that had no room, and before that happens; of each once."""
         conversation, usage = self.conversation, reply.usage
-        unseen = usage.dropped_messages if usage is not None else ()
+        unseen = (usage.dropped_messages or usage.dropped_tokens) if usage is not None else ()
         if usage is not None and unseen and unseen != self._unseen:
-            told = report.left_out(conversation, unseen, usage.dropped_tokens)
-            self.terminal.note(told, "fair")
-        future = report.foresight(conversation, unseen)
+            lost = Unseen(usage.dropped_messages, usage.dropped_tokens)
+            self.terminal.note(report.left_out(conversation, lost), "fair")
+        future = report.foresight(conversation)
         if future and future != self._future:
             share = conversation.position() / conversation.model.info.context
             self.terminal.note(f"The context is {share:.0%} full. {future}", "fair")

@@ -213,8 +213,9 @@ def _show(chat: "Chat", text: str) -> None:
 
 @command("context", "", "show how full the context is, and what will be left out")
 def _context(chat: "Chat", text: str) -> None:
-    """Show the tokens in use, those of each message (the template's own come on top), and what
-    the next message will push out, or whether it will be refused.
+    """Show the tokens in use, those of each message (the template's own come on top), what the
+    last reply was made without because the context was full, and what the next message will push
+    out, or whether it will be refused.
     """
     chat.terminal.tell(report.context(chat.conversation))
 

@@ -7,6 +7,7 @@ nothing about keyboards or commands.
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgellama.cli.continuation import fitted_text
 from edgellama.cli.prefill import ReadAhead
 from edgellama.cli.reply import Reply, show_reply
 from edgellama.cli.settings import Settings
@@ -31,6 +32,15 @@ class Exchange:
     reply: Reply
     prompt: tuple[int, ...] = ()  # what the model had read before the reply; () if not known
     attempt: int = 0  # how often the reply was asked for again
+    system: str | None = None  # the system message at that time
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What a reply was made without, because the context was full."""
+
+    messages: tuple[int, ...] = ()  # their places in the conversation, counted from 0
+    tokens: int = 0  # with no template these alone: the beginning of the text
 
 
 class Conversation:
@@ -110,7 +120,7 @@ class Conversation:
         if reply.text or not reply.interrupted:
             known = reply.usage.prompt_tokens if reply.usage is not None else 0
             prompt = self.session.ids[:known]
-            self.exchanges.append(Exchange(message, reply, prompt, attempt))
+            self.exchanges.append(Exchange(message, reply, prompt, attempt, self.system))
         return reply
 
     def again(self) -> Reply:
@@ -143,13 +153,17 @@ class Conversation:
         return ahead.counted(reply)
 
     def _completion(self, message: str, attempt: int) -> Reply:
-        tokenizer, cancel = self.model.tokenizer, CancelToken()
-        ids = tokenizer.encode(self.text() + message, bos=tokenizer.add_bos)
-        ahead = ReadAhead(self.session, lambda: ids, cancel)
+        fitting = self.fitted(self.messages({"role": "user", "content": message}))
+        cancel = CancelToken()
+        ahead = ReadAhead(self.session, lambda: fitting.ids, cancel)
         reply = show_reply(
             self.terminal,
             lambda: self.session.generate(
-                ids, self._params(attempt), same_text=True, **self.settings.limits(cancel)
+                fitting.ids,
+                self._params(attempt),
+                same_text=True,
+                dropped=fitting.dropped_tokens,
+                **self.settings.limits(cancel),
             ),
             cancel,
             before=ahead,
@@ -166,7 +180,17 @@ class Conversation:
     # --- the context ------------------------------------------------------------------------------
 
     def fitted(self, messages: list[dict[str, str]]) -> "Fitted":
+        """Of messages, the last of them new, what the model is to read. Raises ContextOverflow."""
         settings = self.settings
+        if self.completing:
+            return fitted_text(
+                self.model.tokenizer,
+                "".join(message["content"] for message in messages[:-1]),
+                messages[-1]["content"],
+                overflow=settings.overflow,
+                context=self.model.info.context,
+                max_tokens=settings.max_tokens,
+            )
         return self.model.fitted(
             messages,
             template=self.template,
@@ -178,13 +202,25 @@ class Conversation:
         """Tokens of the context that the conversation takes now."""
         if not self.exchanges:
             return 0
-        last = self.exchanges[-1].reply
-        if last.position:
-            return last.position
+        last = self.exchanges[-1]
+        if last.reply.position and last.system == self.system:
+            return last.reply.position
         try:
             return len(self.model.chat_ids(self.messages(), template=self.template))
         except EdgeLlamaError:  # a base model, or a template that wants a question at the end
             return len(self.model.tokenizer.encode(self.text()))
+
+    def unseen(self) -> Unseen:
+        """What the last reply was made without; the places are those of the messages now."""
+        last = self.exchanges[-1] if self.exchanges else None
+        if last is None or last.reply.usage is None:
+            return Unseen()
+        then, now = int(last.system is not None), int(self.system is not None)
+        dropped = last.reply.usage.dropped_messages
+        places = tuple(at - then + now for at in dropped if at >= then)
+        if then and 0 in dropped and self.system == last.system:
+            places = (0, *places)
+        return Unseen(places, last.reply.usage.dropped_tokens)
 
     def leaves_out(self) -> "Fitted | EdgeLlamaError":
         """What the next message will bring: which messages are left out, or why it is refused."""

@@ -98,6 +98,8 @@ class Reply:
             parts.append(f"context {self.position}/{context}")
         if use.dropped_messages:
             parts.append(f"left out {plural(len(use.dropped_messages), 'message')}")
+        elif use.dropped_tokens:
+            parts.append(f"left out {plural(use.dropped_tokens, 'token')}")
         return " · ".join([*parts, *self._end()])
 
     def _end(self) -> list[str]:

@@ -4,10 +4,10 @@ Conversations in, text out.
 """
 
 import contextlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellama.cli.conversation import Unseen
 from edgellama.cli.reply import rate
 from edgellama.cli.settings import NAMES, line_about
 from edgellama.cli.spelling import beginning, megabytes, millions, plural
@@ -96,11 +96,11 @@ def show(conversation: "Conversation") -> str:
 
 
 def context(conversation: "Conversation") -> str:
-    """How full the context is, by what, and what the next message will push out."""
+    """How full the context is, by what, what the model does not see any more, and what is next."""
     used, limit = conversation.position(), conversation.model.info.context
     bar = "#" * round(40 * min(1.0, used / limit))
     lines = [f"{used} of {limit} tokens, {used / limit:.0%}  [{bar:<40}]"]
-    talk = conversation.messages()
+    talk, unseen = conversation.messages(), conversation.unseen()
     gone = conversation.leaves_out()
     dropped = () if isinstance(gone, EdgeLlamaError) else gone.dropped_messages
     listed = range(max(0, len(talk) - MOST_LISTED), len(talk))
@@ -108,52 +108,79 @@ def context(conversation: "Conversation") -> str:
         lines.append(f"  (the first {plural(listed.start, 'message')} are not listed)")
     for at in listed:
         count = len(conversation.model.tokenizer.encode(talk[at]["content"]))
-        mark = "   to be left out" if at in dropped else ""
+        mark = _MARKS[at in unseen.messages, at in dropped]
         role, words = talk[at]["role"], beginning(talk[at]["content"])
         lines.append(f"  {role:<9} {count:>6}  {words}{mark}")
+    if unseen.messages or unseen.tokens:
+        lines.append(f"The last reply was made without {_what(conversation, unseen)}.")
     return "\n".join([*lines, prospect(conversation, gone)])
 
 
-def prospect(
-    conversation: "Conversation", gone: "Fitted | EdgeLlamaError", unseen: tuple[int, ...] = ()
-) -> str:
-    """What the present `overflow` will do to the next message, in words, but for the `unseen`."""
+_MARKS = {  # by whether the last reply was made without it, and whether the next one will be
+    (False, False): "",
+    (False, True): "   to be left out next",
+    (True, True): "   left out",
+    (True, False): "   left out of the last reply",
+}
+
+
+def prospect(conversation: "Conversation", gone: "Fitted | EdgeLlamaError") -> str:
+    """What the present `overflow` will do to the next message, in words, but for what it did."""
     policy, limit = conversation.settings.overflow, conversation.model.info.context
-    if conversation.completing:
-        return "A full context ends the text; /clear begins a new one."
+    what = "words" if conversation.completing else "message"
     if isinstance(gone, EdgeLlamaError):
-        return f"The next message will be refused: {gone.problem}. /undo and /clear make room."
-    if lost := tuple(at for at in gone.dropped_messages if at not in unseen):
-        which = _messages(conversation.messages(), lost)
-        return f"The next message will push out {which} (overflow is {policy})."
+        return f"The next {what} will be refused: {gone.problem}. /undo and /clear make room."
+    if lost := _news(conversation, gone):
+        return f"The next {what} will push out {_what(conversation, lost)} (overflow is {policy})."
+    reply = min(limit // REPLY_SHARE, conversation.settings.max_tokens or limit)
+    shifting = f"From {limit - reply} tokens on, overflow {policy} leaves out"
+    if conversation.completing:
+        return _END_OF_TEXT if policy == "error" else f"{shifting} the beginning of the text."
     if policy == "error":
         return (
             "Nothing is ever left out (overflow is error): once a message does not fit any more, "
             "it is refused. /undo and /clear make room; so does /set overflow shift."
         )
     system = "and keeps the system message" if policy == "shift" else "the system message first"
-    reply = min(limit // REPLY_SHARE, conversation.settings.max_tokens or limit)
-    return (
-        f"From {limit - reply} tokens on, overflow {policy} leaves out the oldest turns, {system}."
-    )
+    more = "more of " if conversation.unseen().messages else ""
+    return f"{shifting} {more}the oldest turns, {system}."
 
 
-def foresight(conversation: "Conversation", unseen: tuple[int, ...]) -> str:
-    """What is to be known before the next message; "" if nothing. `unseen` have been told of."""
+_END_OF_TEXT = (
+    "A full context ends the text (overflow is error): /clear begins a new one, /set overflow "
+    "shift goes on without the beginning of this one."
+)
+
+
+def _news(conversation: "Conversation", gone: "Fitted") -> Unseen | None:
+    """What the next reply will be made without, and the last one was not; None if nothing."""
+    unseen = conversation.unseen()
+    new = tuple(at for at in gone.dropped_messages if at not in unseen.messages)
+    if conversation.completing and gone.dropped_tokens > unseen.tokens:
+        return Unseen(tokens=gone.dropped_tokens)
+    return Unseen(new) if new else None
+
+
+def foresight(conversation: "Conversation") -> str:
+    """What is to be known before the next message; "" if nothing."""
     share = conversation.position() / conversation.model.info.context
     if share < HALF_FULL:
         return ""
     gone = conversation.leaves_out()
-    dropped = () if isinstance(gone, EdgeLlamaError) else gone.dropped_messages
-    if share < NEARLY_FULL and not set(dropped) - set(unseen):
-        return ""
-    return prospect(conversation, gone, unseen)
+    news = not isinstance(gone, EdgeLlamaError) and _news(conversation, gone) is not None
+    return prospect(conversation, gone) if share >= NEARLY_FULL or news else ""
 
 
-def left_out(conversation: "Conversation", dropped: Iterable[int], tokens: int) -> str:
-    """What the last reply was made without."""
-    which = _messages(conversation.messages(), tuple(dropped))
-    return f"The context was full: the model did not see {which}, {plural(tokens, 'token')}."
+def left_out(conversation: "Conversation", unseen: Unseen) -> str:
+    """What a reply was made without."""
+    return f"The context was full: the model did not see {_what(conversation, unseen)}."
+
+
+def _what(conversation: "Conversation", unseen: Unseen) -> str:
+    if conversation.completing:
+        return f"the first {plural(unseen.tokens, 'token')} of the text"
+    which = _messages(conversation.messages(), unseen.messages)
+    return f"{which}, {plural(unseen.tokens, 'token')}" if unseen.tokens else which
 
 
 def _messages(talk: list[dict[str, str]], places: tuple[int, ...]) -> str:

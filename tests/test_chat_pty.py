@@ -104,7 +104,7 @@ def test_a_context_that_fills(home: Home) -> None:
         seen = window.enter("And what about the lazy old cats that live in the big house?")
         assert shows(seen, "The context was full: the model did not see")
         assert len(home.saved(window)) == len(before) + 2  # out of its sight, and still there
-        assert shows(window.enter("/context"), "to be left out")
+        assert shows(window.enter("/context"), "The last reply was made without")
         window.type(CTRL_D)
         assert window.status() == 0
 
