@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgellama.control import CancelToken, Progress
 from edgellama.errors import (
@@ -36,6 +37,7 @@ from edgellama.quantize.writer import Writer
 
 CERTIFICATES = ("full", "none")
 OWN_KEYS = "edgellama."  # a file's own: what they say of the source does not hold for the output
+LARGEST_EXPONENT = 20  # of importance, in powers of two: ggml's searches overflow far beyond
 QUANTIZATION_VERSION = 2  # of the block formats; llama.cpp's GGML_QNT_VERSION
 _PART = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.gguf")
 
@@ -237,7 +239,8 @@ def _importance(
 ) -> Importance | None:
     """Weights of importance by tensor name; those of tensors that are not here do not matter.
 
-    Raises ParameterError for weights of another model, and the errors of reading them.
+    A tensor whose columns all weigh 0 is left out: none of its errors would count. Raises
+    ParameterError for weights of another model, and the errors of reading them.
     """
     if given is None:
         return None
@@ -255,7 +258,17 @@ def _importance(
             raise _other_model(f"{problem}; expected {allowed}", path, allowed)
     if not known:
         raise _other_model("no importance of any tensor of this model", path)
-    return known
+    return {name: _within_reach(weights) for name, weights in known.items() if weights.any()}
+
+
+def _within_reach(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same weights, of such a size that squares of sums of their products stay in float32.
+
+    Only what they are to each other counts. A power of two changes no digit of a result.
+    """
+    exponent = int(np.frexp(np.float64(weights.max()))[1])
+    shift = min(max(exponent, -LARGEST_EXPONENT), LARGEST_EXPONENT) - exponent
+    return np.ldexp(weights.astype(np.float64), shift).astype(np.float32) if shift else weights
 
 
 def _other_model(problem: str, path: Path | None, allowed: str | None = None) -> ParameterError:

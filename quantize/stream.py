@@ -121,7 +121,7 @@ class Streamer:
         else:
             rows, size = self._weights(tensor, first, last)
             data = self._encoded(planned, tensor.arrange(rows))
-            if size > LARGEST_HALF:
+            if size > LARGEST_HALF or (self.importance and planned.name in self.importance):
                 check_bits(data, planned.type, tensor.name, first, path, stored=False)
         return Piece(planned, tensor, first, last, data, rows if self.keep_rows else None)
 

@@ -1,5 +1,6 @@
 """Converting: what comes out is as planned and near its source; weights that are no numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import edgellama
 from edgellama.errors import NonFiniteError, ParameterError
 from edgellama.gguf import open_gguf
 from edgellama.quantize.blocks import decode
+from edgellama.quantize.convert import prepared
 from edgellama.quantize.plan import FILE_TYPES, plan
 from edgellama.quantize.source import open_source
 
@@ -175,6 +177,52 @@ def test_importance_of_another_model_is_refused(models: Path, tmp_path: Path) ->
     ):
         with pytest.raises(ParameterError, match=r"importance of .*another model"):
             quantize(models / "F32.gguf", tmp_path / "out.gguf", "Q4_0", importance=wrong)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q2_K", "Q4_K_M", "Q6_K"])
+def test_only_what_importances_are_to_each_other_counts(
+    models: Path, tmp_path: Path, kind: str
+) -> None:
+    """Far beyond what the searches' sums can hold, too, where ggml writes zeros and NaNs."""
+    weights = np.random.default_rng(5).random(256).astype(np.float32) + np.float32(0.01)
+    source, found = models / "F32.gguf", {}
+    for shift in (0, 24, 127, -110):
+        importance = {UP: np.ldexp(weights, shift)}
+        quantize(source, tmp_path / "out.gguf", kind, importance=importance)
+        found[shift] = tensors(tmp_path / "out.gguf")[UP]
+    assert found[24] == found[127] == found[-110] == found[0]
+    quantize(source, tmp_path / "plain.gguf", kind)
+    exact, plain = values(source, UP), values(tmp_path / "plain.gguf", UP)
+    for even in (1e36, 3e38, 1e300):
+        quantize(source, tmp_path / "out.gguf", kind, importance={UP: np.full(256, even)})
+        error = np.square(values(tmp_path / "out.gguf", UP) - exact).sum()
+        assert error <= 1.1 * np.square(plain - exact).sum()
+
+
+UP = "blk.0.ffn_up.weight"
+
+
+def test_importance_of_nothing_but_zeros_is_none(models: Path, tmp_path: Path) -> None:
+    """ggml writes a tensor of zeros."""
+    source, zeros, ones = models / "F32.gguf", np.zeros(256, np.float32), np.ones(256, np.float32)
+    found = []
+    for name, weights in (("none", None), ("one", {UP: zeros}), ("all", {UP: zeros, Q: ones})):
+        quantize(source, tmp_path / f"{name}.gguf", "Q4_K_S", importance=weights)
+        found.append(tensors(tmp_path / f"{name}.gguf"))
+    assert found[0] == found[1] and [n for n in found[0] if found[0][n] != found[2][n]] == [Q]
+
+
+Q = "blk.1.attn_q.weight"
+
+
+def test_what_importance_leads_to_is_looked_at(models: Path, tmp_path: Path) -> None:
+    """Weights of importance that no caller can bring here: the search comes to scales of NaN."""
+    source = models / "F32.gguf", tmp_path / "out.gguf", "Q4_0"
+    with prepared(*source, certificate="none") as job:
+        wrong = replace(job, importance={UP: np.full(256, 3e38, np.float32)})
+        with pytest.raises(NonFiniteError, match=rf"'{UP}': row 1: "):
+            wrong.run()
     assert names_in(tmp_path) == []
 
 
