@@ -81,12 +81,17 @@ def _place(file: GGUF, how: str) -> tuple[Path, list[Path]]:
     cache = cache_dir("models") / ".onnx"  # no model's name begins with a dot
     cache.mkdir(mode=0o700, exist_ok=True)
     path = file.path.resolve()
-    status = path.stat()
-    tensors = [(info.name, info.type.name, info.offset) for info in file.tensors.values()]
-    identity = (status.st_size, status.st_mtime_ns, file.n_bytes, tensors, VERSION)
+    tensors = [(i.name, i.part, i.type.name, i.offset) for i in file.tensors.values()]
+    identity = (_stamps(file), tensors, VERSION)
     stem = _digest(os.fspath(path), how)
     place = cache / f"{stem}-{_digest(repr(identity), how)}.onnx"
     return place, [other for other in cache.glob("*.onnx") if other != place]
+
+
+def _stamps(file: GGUF) -> list[tuple[int, int]]:
+    """Size and time of every part, as it was opened: it may have another file's name by now."""
+    found = [os.fstat(raw.fileno()) for raw in file._raw]
+    return [(status.st_size, status.st_mtime_ns) for status in found]
 
 
 def _wanted(folder: Path, path: Path, how: str) -> bool:
