@@ -7,6 +7,7 @@ exit status, an embedding app catches them. `assert` is for our own bugs, never 
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 LONGEST_SHOWN = 200  # characters of a file's value that a message repeats
 LONGEST_MISSPELT = 40  # characters of a word that a choice is proposed for
@@ -38,6 +39,8 @@ class EdgeLlamaError(Exception):
     `<file name>: <where>: <problem>. <hint>`.
     """
 
+    _BLANK: ClassVar[tuple[Any, ...]] = ("",)  # what `__init__` takes, to be overwritten
+
     def __init__(
         self,
         problem: str,
@@ -55,6 +58,36 @@ class EdgeLlamaError(Exception):
         place += [where] if where else []
         text = ": ".join([*place, problem])
         super().__init__(f"{text}. {hint}" if hint else text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made again from its text and attributes, whatever its own `__init__` takes.
+
+        A `value` that cannot leave the process goes as text: a worker's error must arrive.
+        """
+        state = vars(self) | {"value": _portable(self.value)}
+        return _again, (type(self), self.args), state
+
+    def __copy__(self) -> Self:
+        copied: Self = _again(type(self), self.args)
+        vars(copied).update(vars(self))
+        return copied
+
+
+def _again(kind: type[Any], args: tuple[object, ...]) -> Any:
+    """An error whose attributes pickle and copy will bring."""
+    error = kind(*kind._BLANK)
+    error.args = args
+    return error
+
+
+def _portable(value: object) -> object:
+    import pickle
+
+    try:
+        pickle.dumps(value)
+    except Exception:  # whatever a stranger's object may raise
+        return shown(value)
+    return value
 
 
 class ModelFormatError(EdgeLlamaError):
@@ -87,6 +120,8 @@ class ParameterError(EdgeLlamaError, ValueError):
 
 class ContextOverflow(EdgeLlamaError):
     """The tokens do not fit the context: `need` of them, and the context holds `have`."""
+
+    _BLANK = (0, 0)
 
     def __init__(self, need: int, have: int, hint: str | None = None) -> None:
         self.need, self.have = need, have
