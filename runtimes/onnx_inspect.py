@@ -4,8 +4,10 @@ Reads untrusted bytes, whose number the caller has bounded; follows no reference
 about what operators compute. Source: onnx.proto of ONNX 1.16.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +30,7 @@ from edgellama.runtimes.onnx_wire import (
 
 AGAIN = "Make the folder again: edgellama quantize CHECKPOINT OUTPUT.onnx --type Q4_0"
 LONGEST = 65_535  # bytes of a name
+MOST_DIMS = 8  # of a tensor; the exporter writes 3 at most
 _EXTRAS = {14: "metadata_props", 20: "training_info", 25: "functions", 26: "configuration"}
 _SUBGRAPHS = (6, 11)  # AttributeProto.g, .graphs
 _SIZES = {DTYPES[name]: size for name, size in SIZES.items()}
@@ -70,6 +73,7 @@ class _Inspection:
 
     def __post_init__(self) -> None:
         self.places = {i.name: (i.offset, i.n_bytes) for i in self.expected.initializers}
+        self.operators = {(node.op, node.domain) for node in self.expected.nodes}
 
     def run(self) -> None:
         for found in self.message.fields():
@@ -142,7 +146,7 @@ class _Inspection:
                 domain = self.message.name(part)
             elif part.number == 5:
                 self.attribute(part)
-        if (op, domain) not in {(node.op, node.domain) for node in self.expected.nodes}:
+        if (op, domain) not in self.operators:
             full = f"{domain}.{op}" if domain else op
             raise self.unsupported(f"operator {shown(full)} is not allowed", "op_type", full)
 
@@ -162,7 +166,7 @@ class _Inspection:
 
     def tensor_field(self, tensor: _Tensor, part: Field) -> None:
         if part.number == 1:
-            tensor.dims += self.dims(part)
+            tensor.dims += islice(self.dims(part), MOST_DIMS + 1 - len(tensor.dims))
         elif part.number == 2:
             tensor.dtype = self.message.integer(part, "data_type")
         elif part.number == 8:
@@ -210,9 +214,7 @@ class _Inspection:
             self.number(tensor, entries, "offset"),
             self.number(tensor, entries, "length"),
         )
-        size = _SIZES.get(tensor.dtype, 0)
-        for n in tensor.dims:
-            size *= n
+        size = self.size(tensor)
         if length != size:
             raise self.damaged(tensor, f"length = {length}; its shape takes {size}", "length")
         if offset + length > self.data_size:
@@ -222,6 +224,14 @@ class _Inspection:
         if wanted != (offset, length):
             problem = f"offset = {offset}; another tensor's data lies there, or none"
             raise self.damaged(tensor, problem, "offset")
+
+    def size(self, tensor: _Tensor) -> int:
+        """What its shape takes, in bytes: of few dimensions, a number of few digits."""
+        if len(tensor.dims) > MOST_DIMS:
+            raise self.damaged(tensor, f"it has more than {MOST_DIMS} dimensions", "dims")
+        if (largest := max(tensor.dims, default=0)) >= 2**63:  # int64
+            raise self.damaged(tensor, f"a dimension is {largest - 2**64}", "dims")
+        return _SIZES.get(tensor.dtype, 0) * math.prod(tensor.dims)
 
     def number(self, tensor: _Tensor, entries: dict[str, str], key: str) -> int:
         text = entries.get(key, "")
