@@ -37,14 +37,12 @@ def rope_settings(config: Fields, head_dim: int, context: int) -> RopeSettings:
 
     Raises ModelConfigError naming the key, UnsupportedModelError for a scaling not listed here.
     """
-    if config.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
-        problem = "only a part of each head turns; supported: all of it"
-        raise config.unsupported("partial_rotary_factor", problem, allowed="1.0")
-    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+    empty = config.get("rope_scaling") in (None, {})
+    key = "rope_parameters" if empty and "rope_parameters" in config else "rope_scaling"
     scaling = config.section(key)
-    with_base = scaling if scaling is not None and "rope_theta" in scaling else config
-    base = with_base.number("rope_theta", 1.0, LARGEST_BASE, 10_000.0)
-    settings = RopeSettings(base, context)
+    _refuse_part_of_a_head(_holder(config, scaling, "partial_rotary_factor"))
+    base = _holder(config, scaling, "rope_theta")
+    settings = RopeSettings(base.number("rope_theta", 1.0, LARGEST_BASE, 10_000.0), context)
     if scaling is None:
         return _private_scale(config, settings)
     if scaling.values.keys() and all(isinstance(v, dict) for v in scaling.values.values()):
@@ -56,8 +54,28 @@ def rope_settings(config: Fields, head_dim: int, context: int) -> RopeSettings:
         problem = f"rope scaling {spelled(kind)} is not supported; supported: {supported}"
         name = "rope_type" if "rope_type" in scaling else "type"
         raise scaling.unsupported(name, problem, supported)
-    convert(scaling, settings, head_dim)
+    convert(_with_trained_length(config, scaling), settings, head_dim)
     return settings
+
+
+def _holder(config: Fields, scaling: Fields | None, key: str) -> Fields:
+    """Where `transformers` takes `key` from: the section, else the top level."""
+    return scaling if scaling is not None and key in scaling else config
+
+
+def _refuse_part_of_a_head(fields: Fields) -> None:
+    if fields.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
+        problem = "only a part of each head turns; supported: all of it"
+        raise fields.unsupported("partial_rotary_factor", problem, allowed="1.0")
+
+
+def _with_trained_length(config: Fields, scaling: Fields) -> Fields:
+    """The section, with the length that stands beside it: `transformers` lets that one win."""
+    key = "original_max_position_embeddings"
+    if key not in config:
+        return scaling
+    config.integer(key, 1, MOST_CONTEXT)  # so that a refusal names the place
+    return Fields({**scaling.values, key: config.get(key)}, scaling.path, scaling.prefix)
 
 
 def _private_scale(config: Fields, settings: RopeSettings) -> RopeSettings:
