@@ -236,7 +236,7 @@ def _rope(read: _Reader, head_dim: int, context_length: int) -> Rope:
         raise read.error(key, dim, f"an even number, at most {head_dim}")
     freq_base = read.number("rope.freq_base", 1.0, 1e15, 10_000.0)  # yarn divides by its log
     key = f"{read.prefix}.rope.scaling.type"
-    scaling = read.metadata.get(key, "none")
+    scaling = read.metadata.get(key, "linear")  # as llama.cpp has it; with a factor of 1 none
     if scaling not in ROPE_SCALINGS:
         raise UnsupportedModelError(
             f"rope scaling {shown(scaling)} is not supported; supported: "
@@ -248,15 +248,14 @@ def _rope(read: _Reader, head_dim: int, context_length: int) -> Rope:
             allowed=", ".join(ROPE_SCALINGS),
         )
     if scaling == "none":
-        return _plain_rope(read, dim, freq_base)
-    factor = read.number("rope.scaling.factor", 0.0, 1e6)
+        return Rope(dim, freq_base)
     if scaling == "linear":
-        return Rope(dim, freq_base, "linear", factor)
+        return _linear_rope(read, dim, freq_base)
     return Rope(
         dim,
         freq_base,
         "yarn",
-        factor,
+        read.number("rope.scaling.factor", 0.0, 1e6),
         original_context=read.integer(
             "rope.scaling.original_context_length", 1, MOST_CONTEXT, context_length
         ),
@@ -267,7 +266,8 @@ def _rope(read: _Reader, head_dim: int, context_length: int) -> Rope:
     )
 
 
-def _plain_rope(read: _Reader, dim: int, freq_base: float) -> Rope:
-    """No scaling, or the older key `rope.scale_linear` (a factor, as `rope.scaling.factor`)."""
-    factor = read.number("rope.scale_linear", 0.0, 1e6, 1.0)
+def _linear_rope(read: _Reader, dim: int, freq_base: float) -> Rope:
+    """The factor's older key is `rope.scale_linear`; a file without either does not scale."""
+    older = read.number("rope.scale_linear", 0.0, 1e6, 1.0)
+    factor = read.number("rope.scaling.factor", 0.0, 1e6, older)
     return Rope(dim, freq_base, "none" if factor == 1.0 else "linear", factor)

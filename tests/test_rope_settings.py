@@ -6,11 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import zoo
+from tiny import write_tiny
 
+import edgellama
 from edgellama.config import config_from_gguf
+from edgellama.distance import nmse
 from edgellama.errors import ModelConfigError, UnsupportedModelError
+from edgellama.gguf import open_gguf
 from edgellama.quantize.architectures import hf_metadata, hf_rope
 from edgellama.rope import inverse_frequencies
+from edgellama.weights import model_config
 
 FOLDER = Path("model")
 CONFIG = zoo.styles()["Llama-2 7B"]  # tiny: heads of 16, 4096 positions, base 10,000
@@ -69,3 +74,39 @@ def test_a_part_of_each_head_is_refused_wherever_it_stands(
 def test_a_wrong_length_is_named_where_it_stands(value: object) -> None:
     with pytest.raises(ModelConfigError, match=rf"key '{OWN}': {OWN} = .*; expected integer 1"):
         hf_rope(CONFIG | {OWN: value, "rope_scaling": YARN}, FOLDER)
+
+
+# GGUF: a factor without a type is linear scaling, as llama.cpp has it
+
+
+FILES: dict[str, tuple[dict[str, Any], float]] = {  # keys below llama.rope., the factor they mean
+    "factor alone": ({"scaling.factor": 4.0}, 4.0),
+    "older key alone": ({"scale_linear": 4.0}, 4.0),
+    "both": ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+    "type and older key": ({"scaling.type": "linear", "scale_linear": 4.0}, 4.0),
+    "type alone": ({"scaling.type": "linear"}, 1.0),
+    "no scaling": ({"scaling.type": "none", "scaling.factor": 4.0}, 1.0),
+    "no scaling, older key": ({"scaling.type": "none", "scale_linear": 4.0}, 1.0),
+}
+
+
+def in_file(path: Path, keys: dict[str, Any]) -> Path:
+    return write_tiny(path, metadata={f"llama.rope.{key}": value for key, value in keys.items()})
+
+
+@pytest.mark.parametrize(("keys", "factor"), FILES.values(), ids=FILES)
+def test_a_factor_without_a_type(tmp_path: Path, keys: dict[str, Any], factor: float) -> None:
+    with open_gguf(in_file(tmp_path / "t.gguf", keys)) as file:
+        rope = model_config(file).rope
+    assert (rope.factor, rope.scaling) == (factor, "none" if factor == 1.0 else "linear")
+
+
+def test_llama_cpp_reads_the_same_factors(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    ids = list(range(3, 43))
+    for name, (keys, _) in FILES.items():
+        path = in_file(tmp_path / "t.gguf", keys)
+        with edgellama.load(path, runtime="reference") as model:
+            ours = model.session().forward(ids)
+        with edgellama.load(path, runtime="llama.cpp", threads=1, kv_type="f32") as model:
+            assert nmse(ours, model.session().forward(ids)) < 1e-5, name
