@@ -25,6 +25,7 @@ _STRING = r'"(?:[^"\\]++|\\.?)*+"?'  # one without an end, too, lest every quote
 _TOKEN = re.compile(_STRING + r'|[\[\]{}]|[^\s\[\]{}:,"]+', re.DOTALL)
 _SHAPE = re.compile(_STRING + r"|[\[\]{}]", re.DOTALL)
 _COLON = re.compile(r"\s*:")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|-?Infinity|NaN")
 
 
 class _Refused(Exception):
@@ -144,10 +145,16 @@ def _integer(literal: str) -> int:
 
 
 def _position(text: str, literal: str | None) -> int:
-    """Where the refused literal stands; without one, where a key repeats."""
-    if literal is None:
-        return next(_repeated_keys(text))
-    return next(match.start() for match in _TOKEN.finditer(text) if match[0] == literal)
+    """Where the refused literal stands; without one, where a key repeats. 0 if that is unknown."""
+    return next(_repeated_keys(text) if literal is None else _numbers(text, literal), 0)
+
+
+def _numbers(text: str, literal: str) -> Iterator[int]:
+    """Positions of a number that is spelled so, whatever illegal characters follow it."""
+    for match in _TOKEN.finditer(text):
+        found = _NUMBER.match(match[0])
+        if found and found[0] == literal:
+            yield match.start()
 
 
 def _repeated_keys(text: str) -> Iterator[int]:

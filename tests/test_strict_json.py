@@ -10,6 +10,7 @@ import pytest
 from edgellama.errors import EdgeLlamaError, ModelConfigError
 from edgellama.quantize.strict_json import parse_json, read_json
 
+LONG = "0" * 400
 unix = pytest.mark.skipif(sys.platform == "win32", reason="no such files on Windows")
 
 
@@ -31,6 +32,12 @@ def test_what_is_legal_is_read(tmp_path):
         ('{"a": ["NaN", -Infinity]}', r"line 1, column 15: -Infinity is not a number"),
         ('{"a": 1e400}', r"line 1, column 7: the number '1e400' is too large"),
         ('{\n"a": ' + "9" * 5000 + "}", r"line 2, column 6: a number of 5000 characters"),
+        ('{"a": "NaN", "NaN": NaNs}', r"line 1, column 21: NaN is not a number"),
+        ('{"a": ["é", -Infinity1]}', r"line 1, column 13: -Infinity is not a number"),
+        ('{"a": 1e999x}', r"line 1, column 7: the number '1e999' is too large"),
+        ('{"a": [2e999e-999, 1e999e-999]}', r"line 1, column 8: the number '2e999' is too"),
+        ('{"a": ' + "1" * 401 + "x}", r"line 1, column 7: a number of 401 characters"),
+        ('{"a": [1' + LONG + ".0e-500, 1" + LONG + ".0]}", r"column 418: the number '1000"),
         ('{"a": 1,}', r"line 1, column [89]: not JSON"),
         ('{"a": 1 // one\n}', r"line 1, column 9: not JSON"),
         ('{"a": 1', r"not JSON"),
