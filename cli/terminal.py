@@ -157,10 +157,10 @@ class Display:
         if self._bars is None:
             self._bars = _bars()
             self._bars.start()
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task("", total=total or None)
         detail = self._last[3] if self._last is not None else ""
         description = safe(f"{what} {detail}".rstrip())
+        if what not in self._tasks:  # it may be drawn at once
+            self._tasks[what] = self._bars.add_task(description, total=total or None)
         self._bars.update(
             self._tasks[what], completed=done, total=total or None, description=description
         )
