@@ -95,6 +95,34 @@ class Chunk:
     usage: Usage | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What was asked of one reply, checked: nothing in it can be refused any more."""
+
+    sampler: Sampler
+    stops: tuple[str, ...]
+    limit: int  # tokens
+
+
+def checked_wishes(
+    tokenizer: TextTokenizer,
+    sampling: Sampling | None = None,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+) -> Wishes:
+    """The arguments of `generate` that say what is wanted. Raises ParameterError."""
+    if sampling is not None and not isinstance(sampling, Sampling):
+        kind = type(sampling).__name__
+        allowed = "a Sampling or None"
+        problem = f"params is {kind}; allowed: {allowed}"
+        raise ParameterError(problem, field="params", value=sampling, allowed=allowed)
+    limit = MOST_TOKENS
+    if max_tokens is not None:
+        limit = checked_integer("max_tokens", max_tokens, 0, MOST_TOKENS)
+    sampler = Sampler(sampling or Sampling(), tokenizer.vocab_size, tokenizer.token_bytes)
+    return Wishes(sampler, checked_stops(stop), limit)
+
+
 def generate(
     session: TextSession,
     tokenizer: TextTokenizer,
@@ -129,19 +157,45 @@ def generate(
     """
     if not ids:
         raise ParameterError("the prompt has no tokens", field="ids", allowed="1 or more ids")
-    limit = MOST_TOKENS
-    if max_tokens is not None:
-        limit = checked_integer("max_tokens", max_tokens, 0, MOST_TOKENS)
-    sampler = Sampler(sampling or Sampling(), tokenizer.vocab_size, tokenizer.token_bytes)
-    stops = StopMatcher(checked_stops(stop))
+    wishes = checked_wishes(tokenizer, sampling, max_tokens, stop)
     _check_room(session, len(ids), context)
-    reply = _Reply(
-        session, tokenizer, sampler, stops, cancel, tokenizer.stream(continuing=continuing)
+    return replied(
+        session,
+        tokenizer,
+        ids,
+        wishes,
+        context=context,
+        cancel=cancel,
+        history=history,
+        dropped=dropped,
+        dropped_messages=dropped_messages,
+        continuing=continuing,
+        ends=ends,
     )
+
+
+def replied(
+    session: TextSession,
+    tokenizer: TextTokenizer,
+    ids: Sequence[int],
+    wishes: Wishes,
+    *,
+    context: int,
+    cancel: CancelToken | None = None,
+    history: Sequence[int] = (),
+    dropped: int = 0,
+    dropped_messages: Sequence[int] = (),
+    continuing: bool = True,
+    ends: Sequence[int] = (),
+) -> Iterator[Chunk]:
+    """`generate` for arguments that are checked already, by `checked_wishes` and by the caller."""
+    sampler, stops = wishes.sampler, StopMatcher(wishes.stops)
+    stream = tokenizer.stream(continuing=continuing)
+    reply = _Reply(session, tokenizer, sampler, stops, cancel, stream)
     reply.recent.extend([*history[-reply.window :], *ids] if reply.window else ())
     reply.dropped, reply.dropped_messages = dropped, tuple(dropped_messages)
     reply.ends |= frozenset(ends)
-    return reply.chunks(list(ids), limit, context)
+    return reply.chunks(list(ids), wishes.limit, context)
 
 
 def _check_room(session: TextSession, count: int, context: int) -> None:

@@ -18,7 +18,7 @@ from edgellama.errors import (
     require_integer,
     shown,
 )
-from edgellama.generate import Chunk, Usage, generate
+from edgellama.generate import Chunk, Usage, checked_wishes, replied
 from edgellama.reuse import as_cached, shared_length
 from edgellama.runtimes.base import (
     ChoosingSession,
@@ -168,8 +168,8 @@ class Session:
         NonFiniteError while iterating, and ParameterError if the session was used otherwise
         meanwhile.
         """
-        if params is not None and not isinstance(params, Sampling):
-            raise ParameterError(f"params is {type(params).__name__}; allowed: Sampling")
+        tokenizer = self._model.tokenizer
+        wishes = checked_wishes(tokenizer, params, max_tokens, stop)  # before the cache is changed
         checked = self._check(ids)
         need, have = len(checked), self._model.info.context
         if need > have:
@@ -179,14 +179,12 @@ class Session:
         except Cancelled:
             usage = Usage(need, 0, 0, 0.0, 0.0, dropped, tuple(dropped_messages))
             return iter([Chunk("", None, None, "cancelled", usage)])
-        return generate(
+        return replied(
             reading,
-            self._model.tokenizer,
+            tokenizer,
             rest,
-            params or Sampling(),
+            wishes,
             context=have,
-            max_tokens=max_tokens,
-            stop=stop,
             cancel=cancel,
             history=history,
             continuing=continuing,
