@@ -5,6 +5,7 @@ Knows nothing about what the folder holds, but for the one file that marks it as
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
@@ -15,6 +16,7 @@ from edgellama.errors import EdgeLlamaError, OutputError
 from edgellama.output import STALE
 
 MARK = "edgellama.json"  # a folder without it is somebody else's
+UNFINISHED = ".edgellama-unfinished"  # marks those that are being written
 
 
 @contextlib.contextmanager
@@ -33,7 +35,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         with _locked(temporary):
             try:
+                (temporary / UNFINISHED).touch()  # only now: what is locked is not swept
                 yield temporary
+                (temporary / UNFINISHED).unlink(missing_ok=True)
                 _sync(temporary)
                 _exchange(temporary, target)
                 _sync(target.parent)
@@ -71,15 +75,27 @@ def _exchange(temporary: Path, target: Path) -> None:
 
 def _sweep(target: Path, stem: str) -> None:
     """Clear up after killed writers of the same folder; a living one holds its folder's lock."""
+    pattern = re.compile(re.escape(stem) + r"[0-9a-f]{12}\.(tmp|old)")
     for left in target.parent.iterdir():
-        if left.name.startswith(stem) and left.suffix in (".tmp", ".old"):
-            with contextlib.suppress(OSError), _locked(left) as locked:
-                if locked is None:
-                    locked = time.time() - left.stat().st_mtime > STALE
-                if locked and left.suffix == ".old" and not target.exists():
-                    os.rename(left, target)  # it was killed between two renames
-                elif locked:
-                    shutil.rmtree(left, ignore_errors=True)
+        if pattern.fullmatch(left.name):
+            with contextlib.suppress(OSError):
+                _clear_up(left, target)
+
+
+def _clear_up(left: Path, target: Path) -> None:
+    """Remove an abandoned folder that edgellama made, or give it its name back."""
+    if left.is_symlink() or not left.is_dir():
+        return
+    with _locked(left) as locked:
+        if locked is None:
+            locked = time.time() - left.stat().st_mtime > STALE
+        whole = (left / MARK).is_file()
+        if not locked or not (whole or (left / UNFINISHED).is_file()):
+            return
+        if whole and left.suffix == ".old" and not target.exists():
+            os.rename(left, target)  # it was killed between two renames
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -90,7 +106,7 @@ def _locked(folder: Path) -> Iterator[bool | None]:
     except ImportError:
         yield None
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

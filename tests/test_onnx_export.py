@@ -75,6 +75,7 @@ def test_O12_what_killed_exports_left_is_swept(source: Path, tmp_path: Path) -> 
     left = tmp_path / ".out.onnx.0123456789ab.tmp"
     left.mkdir()
     (left / DATA).write_bytes(b"half")
+    (left / ".edgellama-unfinished").touch()
     quantize(source, tmp_path / "out.onnx", "Q8_0")
     assert not left.exists()
 
