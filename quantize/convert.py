@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -168,7 +169,8 @@ def prepared(
     full = type_name(type)
     if onnx_target.is_onnx(Path(output)):
         onnx_target.check_type(full)
-    check_output(Path(source), Path(output))
+    named = isinstance(importance, (str, os.PathLike))
+    check_output(Path(source), Path(output), Path(importance) if named else None)
     with open_source(source) as opened:
         weights = _importance(importance, opened)
         planned = plan(opened, type, strict, importance=weighted or weights is not None)
@@ -276,8 +278,9 @@ def _other_model(problem: str, path: Path | None, allowed: str | None = None) ->
     return ParameterError(problem, path=path, field="importance", allowed=allowed, hint=hint)
 
 
-def check_output(source: Path, output: Path) -> None:
-    """Refuse an output that is the input, under whatever name, or of a kind not written here.
+def check_output(source: Path, output: Path, importance: Path | None = None) -> None:
+    """Refuse an output that is an input or a folder around one, under whatever name, or of a kind
+    not written here.
 
     Raises ParameterError.
     """
@@ -289,22 +292,33 @@ def check_output(source: Path, output: Path) -> None:
         target = output.stat()
     except (OSError, ValueError):  # nothing there: nothing to lose
         return
-    for path in _inputs(source):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(path.stat(), target):
-                problem = f"the output is the input, {shown(str(path))}"
-                hint = "Write to another name"
-                raise ParameterError(problem, path=output, field="output", hint=hint)
+    for path in _inputs(source, importance):
+        if _is_or_holds(target, path):
+            problem = f"the output is the input, {shown(str(path))}"
+            hint = "Write to another name"
+            raise ParameterError(problem, path=output, field="output", hint=hint)
 
 
-def _inputs(source: Path) -> Iterator[Path]:
+def _inputs(source: Path, importance: Path | None) -> Iterator[Path]:
     """The files that may be read: a file with the other parts of a split one, or a folder's."""
     yield source
+    if importance is not None:
+        yield importance
     if source.is_dir():
         yield from source.iterdir()
     elif match := _PART.fullmatch(source.name):
         stem, count = map(glob.escape, match.groups())
         yield from source.parent.glob(f"{stem}-*-of-{count}.gguf")
+
+
+def _is_or_holds(target: os.stat_result, path: Path) -> bool:
+    """Whether replacing the target takes the file away: a folder goes with all that it holds."""
+    with contextlib.suppress(OSError, ValueError):
+        places = [path]
+        if stat.S_ISDIR(target.st_mode):
+            places += Path(os.path.realpath(path)).parents
+        return any(os.path.samestat(place.stat(), target) for place in places)
+    return False
 
 
 def check_room(output: Path, planned: Plan) -> None:

@@ -1,6 +1,7 @@
 """Conversions that are refused, fail, are killed or cancelled: an old output survives them all."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conversions import WIDE, big_model, names_in, posix, quantize
 from killing import digest, kill_many
@@ -16,6 +18,7 @@ from tiny import write_tiny
 import edgellama
 from edgellama.errors import Cancelled, EdgeLlamaError, OutputError, ParameterError
 from edgellama.gguf import open_gguf
+from edgellama.quantize.importance_files import Importance, write_importance
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,35 @@ def test_output_that_is_a_part_of_the_input_is_refused(tmp_path: Path) -> None:
     (checkpoint / "x.gguf").write_bytes(b"")
     with pytest.raises(ParameterError, match="the output is the input"):
         quantize(checkpoint, checkpoint / "x.gguf", "F16")
+
+
+def test_output_that_is_the_importance_matrix_is_refused(models: Path, tmp_path: Path) -> None:
+    matrix = tmp_path / "imatrix.gguf"
+    name = "blk.0.attn_q.weight"
+    sums, counts = {name: np.ones(64, np.float32)}, {name: np.ones(1, np.float32)}
+    write_importance(matrix, Importance(sums, counts))
+    before = digest(matrix)
+    os.link(matrix, tmp_path / "other.gguf")
+    for output in (matrix, str(matrix), tmp_path / "other.gguf"):
+        with pytest.raises(ParameterError, match=r"the output is the input, '.*imatrix\.gguf'"):
+            quantize(models / "small.gguf", output, "Q4_0", importance=matrix)
+    assert digest(matrix) == before and len(names_in(tmp_path)) == 2
+    quantize(models / "small.gguf", tmp_path / "out.gguf", "Q4_0", importance=matrix)
+
+
+def test_output_folder_that_holds_an_input_is_refused(models: Path, tmp_path: Path) -> None:
+    """It would be replaced with all that lies in it."""
+    folder = tmp_path / "model.onnx"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "edgellama.json").write_text("{}")
+    inside = Path(shutil.copy(models / "small.gguf", folder / "deep" / "small.gguf"))
+    (tmp_path / "link.gguf").symlink_to(inside)
+    for source in (inside, tmp_path / "link.gguf"):
+        with pytest.raises(ParameterError, match="the output is the input"):
+            quantize(source, folder, "Q8_0")
+    with pytest.raises(ParameterError, match="the output is the input"):
+        quantize(models / "small.gguf", folder, "Q8_0", importance=inside)
+    assert inside.is_file()
 
 
 def test_arguments_are_checked(models: Path, tmp_path: Path) -> None:
