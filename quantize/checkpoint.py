@@ -53,6 +53,7 @@ _CONTENTS = {
     "gguf": "a GGUF file",
     "onnx": "an ONNX file",
 }
+_READ = ("safetensors", "pytorch")  # kinds of files that hold a checkpoint
 
 
 class Checkpoint:
@@ -250,7 +251,8 @@ def _content(file: RawFile) -> str:
         return "gguf"
     if start[8:9] == b"{":
         return "safetensors"
-    if start[:1] == b"\x08" and b"onnx" in start[:256].lower():
+    promised = _SUFFIXES.get(file.path.suffix.lower(), "unknown")
+    if start[:1] == b"\x08" and (promised == "onnx" or b"onnx" in start[:256].lower()):
         return "onnx"
     legacy = start[257:262] == b"ustar" or start[2:14] == b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
     if legacy or start[:1] == b"\x80":
@@ -265,15 +267,17 @@ def _content(file: RawFile) -> str:
             "Run `git lfs pull` in its folder",
         )
         raise ModelFormatError(problem, path=file.path, hint=hint)
-    return _SUFFIXES.get(file.path.suffix.lower(), "unknown")
+    return promised if promised in _READ else "unknown"  # their readers tell what is wrong
 
 
 def _read_file(path: Path, files: ExitStack) -> tuple[Kind, dict[str, Tensor]]:
     """One file's kind and tensors; a name that promises another kind is refused."""
     file = files.enter_context(RawFile(path))
     kind, promised = _content(file), _SUFFIXES.get(path.suffix.lower())
-    if kind not in ("safetensors", "pytorch"):
-        problem = f"it holds {_CONTENTS.get(kind, 'no weights')}, not a checkpoint"
+    if kind not in _READ:
+        problem = "it is no checkpoint"
+        if kind in _CONTENTS:
+            problem = f"it holds {_CONTENTS[kind]}, not a checkpoint"
         hint = "Give a safetensors or PyTorch file"
         raise ModelFormatError(problem, path=path, hint=hint)
     if promised not in (None, kind):

@@ -107,8 +107,8 @@ def open_source(path: "str | os.PathLike[str]") -> Source:
     read.
     """
     path = Path(path)
-    if not path.is_dir() and _magic(path) == b"GGUF":
-        return _open_gguf(path)
+    if not path.is_dir() and (_magic(path) == b"GGUF" or path.suffix.lower() == ".gguf"):
+        return _open_gguf(path)  # what is none, but has the name, is refused there
     _refuse_folder_of_gguf(path)
     from edgellama.quantize.checkpoint_source import open_checkpoint_source
 

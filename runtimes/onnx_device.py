@@ -173,7 +173,7 @@ def bindings() -> tuple[Any, str]:
             f"onnxruntime cannot be imported: {error}",
             field="runtime",
             value="onnx",
-            hint=f"Install it: {INSTALL}",
+            hint=f"Install it: {INSTALL} for the CPU, {INSTALL_CUDA} for an NVIDIA GPU",
         ) from error
     if imported:
         api.disable_telemetry_events()

@@ -1,0 +1,84 @@
+"""What a user is told: errors say what the thing given really is, and what can be done here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, write_tiny
+
+import edgellama
+from edgellama.cli.main import run
+from edgellama.estimate import KV_ALLOWED, KV_TYPES, estimate
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(capsys: Capture, *arguments: object, status: int = 1) -> str:
+    """What the command says on stderr when it fails so."""
+    capsys.readouterr()
+    assert run([str(argument) for argument in arguments]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+# --- files that are something else ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"just some text, no model\n" * 9])
+def test_a_file_that_is_no_gguf_is_not_called_one(
+    content: bytes, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "zero.gguf"
+    path.write_bytes(content)
+    said = refused(capsys, "quantize", path, tmp_path / "o.gguf", "--type", "Q8_0")
+    assert said == refused(capsys, "info", path)
+    assert "it holds a GGUF file" not in said
+    path = path.rename(tmp_path / "zero.onnx")
+    said = refused(capsys, "quantize", path, tmp_path / "o.gguf", "--type", "Q8_0")
+    assert "it is no checkpoint. Give a safetensors" in said
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def test_without_onnxruntime_both_builds_are_named(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    path = write_tiny(tmp_path / "a.gguf")
+    said = refused(capsys, "run", path, "hi", "--device", "cuda")
+    assert "pip install 'edgellama[cuda]' for an NVIDIA GPU" in said
+    assert "pip install 'edgellama[onnx]' for the CPU" in said
+
+
+@pytest.mark.parametrize("case", KV_ALLOWED)
+def test_an_estimate_refuses_what_load_refuses(case: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "a.gguf", types="Q8_0")
+    how: dict[str, str] = {"device": "cuda"} if case == "cuda" else {"runtime": case}
+    for kv_type in KV_TYPES:
+        if kv_type in KV_ALLOWED[case]:
+            assert estimate(path, kv_type=kv_type, **how).total > 0
+            continue
+        with pytest.raises(edgellama.ParameterError, match=f"kv_type = '{kv_type}'; allowed: f16"):
+            estimate(path, kv_type=kv_type, **how)
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "onnx", "reference", "llama.cpp"])
+def test_load_takes_the_caches_that_an_estimate_allows(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {"onnx": "onnxruntime", "llama.cpp": "llama_cpp"}.get(runtime)
+    if needed is not None:
+        pytest.importorskip(needed, reason=f"the {runtime} runtime is not installed")
+    if runtime == "onnx":
+        monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path / "cache"))
+    path = write_tiny(tmp_path / "a.gguf", tiny_config(), types="Q8_0")
+    taken = []
+    for kv_type in KV_TYPES:
+        try:
+            edgellama.load(path, runtime=runtime, kv_type=kv_type).close()
+        except edgellama.ParameterError:
+            continue
+        taken.append(kv_type)
+    assert tuple(taken) == KV_ALLOWED[runtime]
