@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from edgellama.runtimes.program import Batch
 
 KV_TYPES = ("f16", "f32", "q8_0")
+FLOAT_KV = ("f16", "f32")
+KV_ALLOWED = {  # by runtime, or by a device that wants its own: what `load` takes
+    "cpu": KV_TYPES,
+    "onnx": FLOAT_KV,
+    "cuda": FLOAT_KV[:1],
+    "reference": KV_TYPES,
+    "llama.cpp": FLOAT_KV,
+}
 MB = 1_000_000
 PROGRAM = {  # resident: the interpreter, the libraries that a runtime imports, machine code
     "cpu": 88 * MB,
@@ -161,7 +169,7 @@ def estimate_shape(
         _types(config, types),
         require_integer("context", tokens, 1, config.context_length),
         usable_cores() if threads is None else require_integer("threads", threads, 1, 1024),
-        require_choice("kv_type", kv_type, KV_TYPES),
+        require_choice("kv_type", kv_type, KV_ALLOWED["cuda" if on_gpu else runtime]),
         containers or ("8-bit" if on_gpu else "exact"),
     )
     found = _cuda(case) if on_gpu else _ON_CPU[runtime](case)
