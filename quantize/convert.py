@@ -324,9 +324,11 @@ def _is_or_holds(target: os.stat_result, path: Path) -> bool:
 def check_room(output: Path, planned: Plan) -> None:
     """Refuse at once what cannot fit: the old output stays until the new one is whole."""
     try:
+        with contextlib.suppress(FileNotFoundError):
+            output.stat()  # a loop of links is an OSError here, whatever `resolve` makes of it
         free = shutil.disk_usage(output.resolve().parent).free
-    except OSError as error:
-        problem = f"cannot be written: {error.strerror or error}"
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise OutputError(problem, path=output, hint="Nothing was changed") from error
     if planned.n_bytes > free:
         problem = f"no space left: {planned.n_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"

@@ -21,7 +21,7 @@ from edgellama.gguf import GGUF, open_gguf
 from edgellama.output import atomic_output
 from edgellama.quantize.plan import PlannedTensor
 from edgellama.quantize.writer import Writer
-from edgellama.regular_file import unreadable
+from edgellama.regular_file import read_start
 
 Floats = NDArray[np.float32]
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -61,14 +61,7 @@ def read_importance(path: "str | os.PathLike[str]") -> Importance:
     else, EdgeLlamaError if it cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe would wait
-        raise ModelFormatError("this is not a regular file", path=path)
-    try:
-        with open(path, "rb") as file:
-            first = file.read(4)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if first != b"GGUF":
+    if read_start(path, 4, wanted="an importance matrix") != b"GGUF":
         return _read_dat(path)
     with open_gguf(path) as opened:
         return _read_gguf(opened)

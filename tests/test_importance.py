@@ -289,9 +289,12 @@ def test_damaged_dat(tmp_path: Path, data: bytes) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(edgellama.EdgeLlamaError, match="cannot be read"):
-            load_importance(path)
+    with pytest.raises(edgellama.EdgeLlamaError, match="cannot be read"):
+        load_importance(tmp_path / "absent")
+    with pytest.raises(edgellama.EdgeLlamaError, match=r"a folder|cannot be read"):
+        load_importance(tmp_path)
+    with pytest.raises(edgellama.EdgeLlamaError, match=r"'im\\x00\.gguf' is not a file name"):
+        load_importance("im\0.gguf")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")

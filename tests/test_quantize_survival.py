@@ -134,7 +134,21 @@ def test_output_where_none_can_be(models: Path, tmp_path: Path) -> None:
     for output in (tmp_path / "missing" / "out.gguf", tmp_path / "folder.gguf"):
         with pytest.raises(OutputError):
             quantize(models / "small.gguf", output, "F16")
+    with pytest.raises(OutputError, match="null"):
+        quantize(models / "small.gguf", tmp_path / "a\0b.gguf", "F16")
     assert names_in(tmp_path) == ["folder.gguf"]
+
+
+@posix
+@pytest.mark.parametrize("suffix", [".gguf", ".onnx"])
+def test_output_that_is_a_loop_of_links(models: Path, tmp_path: Path, suffix: str) -> None:
+    one, other = tmp_path / f"one{suffix}", tmp_path / f"other{suffix}"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    for output in (one, one / f"out{suffix}"):
+        with pytest.raises(OutputError, match=rf"{suffix}: cannot be written: .*symbolic links"):
+            quantize(models / "small.gguf", output, "Q8_0")
+    assert one.is_symlink() and other.is_symlink()
 
 
 CHILD = """
