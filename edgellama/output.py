@@ -6,6 +6,7 @@ Knows nothing about what is written.
 import contextlib
 import glob
 import os
+import re
 import secrets
 import stat
 import sys
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from edgellama.errors import EdgeLlamaError, OutputError
 
 STALE = 24 * 3600  # seconds after which a temporary file that cannot be locked has no writer
+TOKEN = "[0-9a-f]{12}"  # matches what makes a temporary file's name its own
 _TRIES = 10  # names tried before giving up: each try fails only if a sweep takes the file at once
 
 
@@ -31,7 +33,7 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     """
     target = _target(Path(path))
     stem = f".{target.name[:100]}."
-    sweep(target.parent, stem)
+    _sweep(target.parent, stem)
     with told_as_output(path):
         with contextlib.ExitStack() as on_failure:
             file, temporary = _create(target, stem)
@@ -54,7 +56,7 @@ def temporary_beside(path: str | Path) -> Iterator[tuple[BinaryIO, Path]]:
     target = _target(Path(path))
     stem = f".{target.name[:100]}."
     with told_as_output(path):
-        sweep(target.parent, stem)
+        _sweep(target.parent, stem)
         file, temporary = _create(target, stem)
     try:
         yield file, temporary
@@ -144,21 +146,36 @@ def sweep(folder: Path, stem: str) -> None:
 
     `stem` is ".", and the beginning of the files' own names.
     """
+    _sweep(folder, stem, rest=r"(?:.*\.)?")
+
+
+def _sweep(folder: Path, stem: str, rest: str = "") -> None:
+    """`rest` matches what may stand between the stem and what `_create` puts behind it."""
+    pattern = re.compile(f"{re.escape(stem)}{rest}{TOKEN}\\.tmp", re.DOTALL)
     for old in folder.glob(glob.escape(stem) + "*.tmp"):
-        with contextlib.suppress(OSError):
-            _remove_abandoned(old)
+        if pattern.fullmatch(old.name):
+            with contextlib.suppress(OSError):
+                _remove_abandoned(old)
 
 
 def _remove_abandoned(path: Path) -> None:
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return
     if sys.platform == "win32":  # a file that somebody has open cannot be removed
         path.unlink()
         return
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
         locked = _lock(file)
         if locked is None:
-            locked = time.time() - path.stat().st_mtime > STALE
-        if locked:
+            locked = time.time() - status.st_mtime > STALE
+        if locked and os.path.samestat(os.fstat(file.fileno()), status):
             path.unlink()  # before the lock is gone, else a writer could take it in between
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Should the file have become a pipe meanwhile, or a link to one."""
+    return os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def _sync_folder(folder: Path) -> None:

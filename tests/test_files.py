@@ -112,7 +112,7 @@ def test_output_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
 
 @posix
 def test_output_sweeps_what_a_killed_writer_left(tmp_path: Path) -> None:
-    dead = tmp_path / ".out[1].bin.aaaa.tmp"
+    dead = tmp_path / ".out[1].bin.0123456789ab.tmp"
     dead.write_bytes(b"half")
     with atomic_output(tmp_path / "out[1].bin"):
         assert not dead.exists()
@@ -139,7 +139,7 @@ def test_output_without_locks_goes_by_age(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    old, fresh = tmp_path / ".out.aaaa.tmp", tmp_path / ".out.bbbb.tmp"
+    old, fresh = tmp_path / ".out.aaaaaaaaaaaa.tmp", tmp_path / ".out.bbbbbbbbbbbb.tmp"
     old.write_bytes(b"")
     fresh.write_bytes(b"")
     os.utime(old, (1e9, 1e9))

@@ -190,7 +190,7 @@ def test_kernels_of_old_releases_go_when_new_ones_are_written(tmp_path: Path) ->
             file.write_bytes(b"code")
             os.utime(file, (time.time() - 3600 * age - seconds,) * 2)
             made.append(file)
-    left = kernels / ".edgellama_norm-avx2-0123456789abcdef.o.1f.tmp"
+    left = kernels / ".edgellama_norm-avx2-0123456789abcdef.o.0123456789ab.tmp"
     others = [kernels / name for name in ("notes.txt", "edgellama_norm.o", "a-0123456789abcdef.o")]
     for file in (left, *others):
         file.write_bytes(b"x")

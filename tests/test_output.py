@@ -1,0 +1,72 @@
+"""Outputs that replace a file: what lies beside it, its permissions, and names of any length."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgellama.output import atomic_output, sweep
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX files")
+HANG = 20  # seconds; what takes longer waits for ever
+
+
+def write(target: Path) -> None:
+    with atomic_output(target) as file:
+        file.write(b"new")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- what lies beside it -------------------------------------------------------------------------
+
+FOREIGN = (
+    ".notes.tmp",
+    ".notes.mine.tmp",
+    ".notes.0123456789AB.tmp",
+    ".notes.0123456789abc.tmp",
+    ".notes.mine.0123456789ab.tmp",
+    ".notes.0123456789ab.tmp.tmp",
+    ".notes.0123456789ab.old",
+    ".notes0123456789ab.tmp",
+    "notes.0123456789ab.tmp",
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    write(tmp_path / "notes")
+    assert names_in(tmp_path) == sorted([name, "notes"])
+
+
+def test_a_folder_is_swept_of_what_begins_so_and_of_nothing_else(tmp_path: Path) -> None:
+    kept = [".a_.tmp", ".a_b.o.1f.tmp", ".a_b.o.0123456789ab.tmp.x", ".b.o.0123456789ab.tmp"]
+    for name in (*kept, ".a_b.o.0123456789ab.tmp", ".a_0123456789ab.tmp", ".a_\n.0123456789ab.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    sweep(tmp_path, ".a_")
+    assert names_in(tmp_path) == sorted(kept)
+
+
+def pipe_link(place: Path) -> None:
+    os.mkfifo(place.with_name("pipe"))
+    place.symlink_to("pipe")
+
+
+@posix
+@pytest.mark.parametrize("make", [os.mkfifo, pipe_link, Path.mkdir] if os.name == "posix" else [])
+def test_what_is_no_file_is_left_alone(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Opening a pipe that nobody writes to would wait for ever."""
+    place = tmp_path / ".notes.0123456789ab.tmp"
+    make(place)
+    before = place.lstat()
+    thread = threading.Thread(target=write, args=[tmp_path / "notes"], daemon=True)
+    thread.start()
+    thread.join(HANG)
+    assert not thread.is_alive()
+    assert place.lstat().st_ino == before.st_ino
+    assert (tmp_path / "notes").read_bytes() == b"new"
