@@ -17,6 +17,7 @@ from typing import Self
 from edgellama.control import CancelToken
 from edgellama.errors import ModelFormatError, shown
 from edgellama.gguf_parts import Part, TensorInfo, Value, parse_part
+from edgellama.paths import absolute
 from edgellama.regular_file import open_regular, unreadable
 
 __all__ = ["GGUF", "TensorInfo", "Value", "open_gguf"]
@@ -29,6 +30,7 @@ class GGUF:
 
     `metadata` holds the values by key: numbers, strings, bools, lists of strings or bools, and
     `array.array` for numeric arrays. `kinds` says how each was stored: "u32", "array of f32".
+    `path` is absolute, as are the `paths` of all parts.
     """
 
     def __init__(self, path: Path, parts: list[Part], files: ExitStack, raw: list[FileIO]) -> None:
@@ -41,7 +43,8 @@ class GGUF:
             self.tensors.update(part.tensors)
         self.warnings: list[str] = [text for part in parts for text in part.warnings]
         self.n_bytes = sum(part.size for part in parts)
-        self._paths, self._files, self._raw = [part.path for part in parts], files, raw
+        self.paths = [part.path for part in parts]
+        self._files, self._raw = files, raw
         self._lock = Lock()
 
     def read_into(self, name: str, buffer: "bytearray | memoryview", start: int = 0) -> None:
@@ -55,7 +58,7 @@ class GGUF:
         view = memoryview(buffer).cast("B")
         assert 0 <= start <= info.n_bytes - len(view), (name, start, len(view), info.n_bytes)
         file, done = self._raw[info.part], 0
-        path, where = self._paths[info.part], f"tensor {shown(name)}"
+        path, where = self.paths[info.part], f"tensor {shown(name)}"
         while done < len(view):
             try:
                 with self._lock:
@@ -86,10 +89,10 @@ def open_gguf(path: "str | os.PathLike[str]", *, cancel: CancelToken | None = No
     a part is missing; UnsupportedModelError for another version or byte order; EdgeLlamaError with
     the system's reason if a file cannot be opened; Cancelled.
     """
-    path = Path(path)
     with ExitStack() as files:
-        raw = [_open(path)]
+        raw = [_open(Path(path))]
         files.enter_context(raw[0])
+        path = absolute(Path(path))
         parts = [_parse(raw[0], path, 0, cancel)]
         count = _part_count(parts[0])
         seen = dict.fromkeys(parts[0].tensors, path)

@@ -71,7 +71,8 @@ class Model:
         self.device: dict[str, Any] = dict.fromkeys(DEVICE)
         self.device |= {"providers": []} | runtime.describe()
         self._runtime: Runtime | None = runtime
-        self._pid, self._deterministic = os.getpid(), options.deterministic
+        self._pid, self._paths = os.getpid(), file.paths
+        self._deterministic = options.deterministic
         self._template = template_from_gguf(file.metadata, file.path)
         self._infill_tokens = infill_tokens(file.metadata, tokenizer)
         self.info = self._describe(file, options, [*warnings, *runtime.warnings])

@@ -22,7 +22,7 @@ from edgellama.gguf import GGUF, open_gguf
 from edgellama.graph import Graph, decoder
 from edgellama.machine import available_memory, usable_cores
 from edgellama.model import Model
-from edgellama.paths import model_path
+from edgellama.paths import absolute, model_path
 from edgellama.runtimes.base import Options, Runtime
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
 from edgellama.weights import check_tensors, model_config
@@ -73,7 +73,7 @@ def load(
     """
     _check_kinds(path, cancel, progress)
     chosen = chosen_runtime(runtime, device, dtype, deterministic, accuracy)
-    file_path = model_path(os.fspath(path))
+    file_path = absolute(model_path(os.fspath(path)))
     folder = _onnx_folder(file_path, runtime, cancel, progress)
     if folder is not None:
         chosen = "onnx"

@@ -70,6 +70,14 @@ def _keep_others_out(folder: Path) -> None:
         folder.chmod(0o700)
 
 
+def absolute(path: Path) -> Path:
+    """The same path, whatever folder the process goes to later."""
+    try:
+        return path.absolute()
+    except OSError:  # the folder that it is in now has been removed
+        return path
+
+
 def model_file(name: str) -> Path:
     """Where `edgellama pull NAME` puts a model: names are `word` or `org/repo/file.gguf`."""
     return cache_root() / "models" / (name if "/" in name else f"{name}.gguf")

@@ -5,7 +5,7 @@ Knows nothing about chat messages or files; see `model.py` for both.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
@@ -216,7 +216,7 @@ class Session:
         from edgellama.saved import save_session
 
         target = _checked_path(path)
-        if _same_file(target, self._model.info.path):
+        if any(_same_file(target, own) for own in _own_files(self._model)):
             raise ParameterError("this is the model's own file", path=target, field="path")
         with self._turn(cancel, "save") as session:
             saving, fingerprint = _savable(session, self._model)
@@ -291,6 +291,14 @@ def _checked_path(path: object) -> Path:
 
 def _same_file(path: Path, other: Path) -> bool:
     try:
+def _own_files(model: "Model") -> list[Path]:
+    """The file or folder that a model was loaded from, with all parts of it."""
+    path = model.info.path
+    with suppress(OSError):
+        return [path, *path.iterdir()]
+    return [path, *model._paths]
+
+
         return path.samefile(other)
     except (OSError, ValueError):  # one of them does not exist, or cannot be looked at
         return False

@@ -1,6 +1,7 @@
 """Conversations on the disk: the same bits after restoring, and files that are written whole."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tiny import write_tiny
 
 import edgellama
 from edgellama import Cancelled, CancelToken, Model, OutputError, ParameterError, Sampling
+from edgellama.quantize import quantize
 from edgellama.saved import DIGEST, HEADER
 
 WAYS = {
@@ -155,6 +157,33 @@ def test_writing_that_fails_leaves_the_old_file(plain: Model, path: Path, tmp_pa
     assert path.stat().st_size == size
     session.save(tmp_path / "a")
     assert plain.restore(tmp_path / "a").position == 9
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])
+def test_the_model_s_own_file_after_a_change_of_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A path that was relative then is not looked for in the folder of now."""
+    name = f"own.{kind}"
+    (tmp_path / "sub").mkdir()
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        quantize(path, tmp_path / "sub" / name, "Q8_0", certificate="none")
+    else:
+        shutil.copy(path, tmp_path / "sub" / name)
+    monkeypatch.chdir(tmp_path / "sub")
+    with edgellama.load(name, context=CONTEXT, threads=1) as model:
+        monkeypatch.chdir(tmp_path)
+        own = model.info.path
+        assert own == tmp_path / "sub" / name
+        session = model.session()
+        session.forward(IDS[:3])
+        files = list(own.iterdir()) if own.is_dir() else [own]
+        before = [file.read_bytes() for file in files]
+        for file in files:
+            with pytest.raises(ParameterError, match="the model's own file"):
+                session.save(file)
+        assert [file.read_bytes() for file in files] == before
 
 
 FORK = """
