@@ -50,7 +50,7 @@ class Tokenizer:
 
     `vocab_size` counts tokens; `bos` is the id that starts a text, or None; `eos` the ids that end
     a turn or a text; `add_bos` tells whether a text is to be given `bos` (the file's
-    `add_bos_token`; absent: yes for "llama", no for "gpt2").
+    `add_bos_token`; absent: yes for "llama" and for LLaMA 3's kind of "gpt2", else no).
     """
 
     def __init__(self, vocab: Vocab) -> None:

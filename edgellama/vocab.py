@@ -22,6 +22,9 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # Control tokens that end a turn or a text, by the names that released models give them.
 END_NAMES = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 
+# Where a file is silent: the pre-tokenizers whose texts llama.cpp starts with BOS.
+BOS_FIRST = ("llama-bpe", "llama3", "llama-v3")
+
 LONGEST_TOKEN = 65_536  # characters; 8 times the longest seen would be 1,024
 MOST_SPECIAL = 2**20  # characters of all special tokens together; Llama 3 has 7,000
 MOST_MERGES = 16 * 2**20
@@ -147,7 +150,7 @@ def vocab_from_gguf(
     specials = _take_specials(keys, ids, types)
     llama = model == "llama"
     ranks = _scores(keys, tokens, ids) if llama else _merges(keys, ids)
-    bos = keys.token_id("bos_token_id", len(tokens))
+    pre, bos = _pre(keys), keys.token_id("bos_token_id", len(tokens))
     return Vocab(
         model=model,
         tokens=tokens,
@@ -155,11 +158,11 @@ def vocab_from_gguf(
         ids=ids,
         specials=specials,
         ranks=ranks,
-        pre=_pre(keys),
+        pre=pre,
         bos=bos,
         eos=_ends(keys, specials, types),
         unk=keys.token_id("unknown_token_id", len(tokens)),
-        add_bos=keys.flag("add_bos_token", llama) and bos is not None,
+        add_bos=keys.flag("add_bos_token", llama or pre in BOS_FIRST) and bos is not None,
         add_space_prefix=keys.flag("add_space_prefix", True),
         remove_extra_whitespaces=keys.flag("remove_extra_whitespaces", False),
         path=path,
