@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, Turns
 from edgellama.errors import (
     DeviceUnavailable,
     EdgeLlamaError,
@@ -31,7 +31,6 @@ from edgellama.runtimes.base import Options
 
 BATCH = 512  # tokens computed at once, llama.cpp's own default
 ROWS = 64  # the same where every token's logits are wanted: bounds llama.cpp's output buffer
-ABORTED = 2  # llama_decode's status once the abort callback has said yes
 INSTALL = "pip install 'edgellama[llamacpp]'"
 
 _LOG = logging.getLogger("edgellama")
@@ -51,6 +50,14 @@ def _refuse_a_fork() -> None:
         )
 
 
+class _Weights:
+    """A model of llama.cpp's. Whoever computes with it holds this: the last one out frees it."""
+
+    def __init__(self, api: Any, pointer: int) -> None:
+        self.pointer = pointer
+        weakref.finalize(self, api.llama_model_free, pointer).atexit = False
+
+
 class LlamaCpp:
     """One model's weights in llama.cpp's hands."""
 
@@ -61,13 +68,12 @@ class LlamaCpp:
         require_choice("kv_type", options.kv_type, types)
         self.graph, self.options, self.kv_type = graph, options, types[options.kv_type]
         self.warnings: list[str] = []
-        self.lock = threading.Lock()  # one step at a time, as the other runtimes do
-        self.pid = os.getpid()
+        self.turns = Turns()  # one step at a time, as the other runtimes do
+        self.pid, self.closed = os.getpid(), False
         self._sessions: weakref.WeakSet[LlamaCppSession] = weakref.WeakSet()
+        self._listing = threading.Lock()  # of the sessions: it takes more than one step
         self.weight_bytes = sum(file.tensors[name].n_bytes for name in graph.weights)
-        self.pointer = self._load(file)
-        self._free = weakref.finalize(self, self.api.llama_model_free, self.pointer)
-        self._free.atexit = False
+        self._weights: _Weights | None = _Weights(self.api, self._load(file))
 
     def _load(self, file: GGUF) -> int:
         params = self.api.llama_model_default_params()
@@ -107,8 +113,19 @@ class LlamaCpp:
 
     def session(self) -> "LlamaCppSession":
         session = LlamaCppSession(self)
-        self._sessions.add(session)
+        with self._listing:
+            self._sessions.add(session)
+        if self.closed:  # meanwhile, perhaps before it was listed
+            session.close()
+            session.check_open()
         return session
+
+    def weights(self) -> _Weights:
+        """To be held as long as a context lives. Raises ParameterError once the model is closed."""
+        weights = self._weights
+        if self.closed or weights is None:
+            raise ParameterError("the model is closed")
+        return weights
 
     def describe(self) -> dict[str, Any]:
         built = self.api.llama_print_system_info().decode(errors="replace")
@@ -129,10 +146,13 @@ class LlamaCpp:
     def close(self) -> None:
         if os.getpid() != self.pid:
             return
-        for session in list(self._sessions):
-            session.close()
-        with self.lock:
-            self._free()
+        self.closed = True  # ends what is under way
+        with self._listing:
+            sessions = list(self._sessions)
+        with self.turns.turn():
+            for session in sessions:
+                session.free()
+            self._weights = None
 
 
 class LlamaCppSession:
@@ -140,7 +160,8 @@ class LlamaCppSession:
 
     def __init__(self, model: LlamaCpp) -> None:
         self.model, self.api, self.position, self.stopped = model, model.api, 0, False
-        options = model.options
+        self.held = 0  # tokens that llama.cpp may have in its cache: as many as here, or more
+        weights, options = model.weights(), model.options
         params = self.api.llama_context_default_params()
         params.n_ctx = options.context
         params.n_batch = params.n_ubatch = min(BATCH, options.context)
@@ -148,12 +169,14 @@ class LlamaCppSession:
         params.n_threads = params.n_threads_batch = options.threads
         params.type_k = params.type_v = model.kv_type
         params.offload_kqv = params.op_offload = False
-        self.pointer = self.api.llama_init_from_model(model.pointer, params)
+        self.pointer = self.api.llama_init_from_model(weights.pointer, params)
         if not self.pointer:
             raise EdgeLlamaError(f"llama.cpp has no room for a context of {options.context} tokens")
         self.batch = self.api.llama_batch_init(params.n_batch, 0, 1)
-        self._free = weakref.finalize(self, _free_session, self.api, self.pointer, self.batch)
-        self._free.atexit = False
+        self.free = weakref.finalize(
+            self, _free_session, self.api, self.pointer, self.batch, weights
+        )
+        self.free.atexit = False
 
     def forward(
         self, ids: Sequence[int], *, all_logits: bool = False, cancel: CancelToken | None = None
@@ -163,23 +186,58 @@ class LlamaCppSession:
         before, step = self.position, ROWS if all_logits else BATCH
         vocab = self.model.graph.config.vocab_size
         result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
-        with self.model.lock:
-            watch = self._watch(cancel)
+        try:
             for start in range(0, len(ids), step):
                 chunk = ids[start : start + step]
                 last = start + len(chunk) == len(ids)
-                status = self._decode(chunk, all_logits, last)
-                if status or self.stopped or (cancel and cancel.cancelled):
-                    self.truncate(before)
-                    self._raise(status, cancel)
-                self._collect(result[start:] if all_logits else result, len(chunk), all_logits)
-            del watch
+                with self.model.turns.turn(cancel, "forward"):
+                    self._run(chunk, all_logits, last, cancel)
+                    self._collect(result[start:] if all_logits else result, len(chunk))
+        except BaseException:
+            self.position = before
+            raise
         return result if all_logits else result[0]
+
+    def _run(
+        self, ids: Sequence[int], all_logits: bool, last: bool, cancel: CancelToken | None
+    ) -> None:
+        """One step. Whoever has the turn finds the context freed, or keeps it from being."""
+        self._check(cancel)
+        self._forget()
+        watch = self._watch(cancel)
+        status = self._decode(ids, all_logits, last)
+        del watch
+        self._check(cancel)
+        if status:
+            raise EdgeLlamaError(f"llama.cpp failed to compute, status {status}")
+        self.position += len(ids)
+
+    def _check(self, cancel: CancelToken | None) -> None:
+        if cancel:
+            cancel.check("forward")
+        self.check_open()
+
+    def check_open(self) -> None:
+        """Raise ParameterError if the model or the session is closed."""
+        if self.stopped or self.model.closed:
+            what = "model" if self.model.closed else "session"
+            raise ParameterError(f"the {what} is closed")
+
+    def _forget(self) -> None:
+        """Have llama.cpp forget what was truncated, or left behind by a call that failed."""
+        if self.held > self.position:
+            memory = self.api.llama_get_memory(self.pointer)
+            if not self.api.llama_memory_seq_rm(memory, 0, self.position, -1):
+                raise EdgeLlamaError(f"llama.cpp cannot forget the tokens from {self.position} on")
+            self.held = self.position
 
     def _watch(self, cancel: CancelToken | None) -> Any:
         """Have llama.cpp ask between two operators whether to go on."""
         kind = self.api.ggml_abort_callback
-        callback = kind(lambda _: self.stopped or (cancel is not None and cancel.cancelled))
+        model = self.model
+        callback = kind(
+            lambda _: self.stopped or model.closed or (cancel is not None and cancel.cancelled)
+        )
         self.api.llama_set_abort_callback(self.pointer, callback, None)
         return callback
 
@@ -190,29 +248,17 @@ class LlamaCppSession:
             batch.token[i], batch.pos[i] = token, self.position + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             batch.logits[i] = all_logits or (last and i == n - 1)
-        status = int(self.api.llama_decode(self.pointer, batch))
-        if status == 0:
-            self.position += n
-        return status
+        self.held = self.position + n
+        return int(self.api.llama_decode(self.pointer, batch))
 
-    def _collect(self, out: NDArray[np.float32], n: int, all_logits: bool) -> None:
+    def _collect(self, out: NDArray[np.float32], n: int) -> None:
         """Copy the logits of the batch just computed; none, if none were asked for."""
         wanted = [i for i in range(n) if self.batch.logits[i]]
         for row, i in enumerate(wanted):
             source = self.api.llama_get_logits_ith(self.pointer, i)
             ctypes.memmove(out[row].ctypes.data, source, out.itemsize * out.shape[1])
 
-    def _raise(self, status: int, cancel: CancelToken | None) -> None:
-        if status in (0, ABORTED):
-            if cancel:
-                cancel.check("forward")
-            raise ParameterError("the session is closed")
-        raise EdgeLlamaError(f"llama.cpp failed to compute, status {status}")
-
     def truncate(self, n: int) -> None:
-        memory = self.api.llama_get_memory(self.pointer)
-        if not self.api.llama_memory_seq_rm(memory, 0, n, -1):
-            raise EdgeLlamaError(f"llama.cpp cannot forget the tokens from {n} on")
         self.position = n
 
     def stop(self) -> None:
@@ -220,11 +266,12 @@ class LlamaCppSession:
 
     def close(self) -> None:
         self.stop()
-        with self.model.lock:
-            self._free()
+        with self.model.turns.turn():
+            self.free()
 
 
-def _free_session(api: Any, pointer: int, batch: Any) -> None:
+def _free_session(api: Any, pointer: int, batch: Any, weights: _Weights) -> None:
+    """While the weights are there: a context looks at them when it goes."""
     api.llama_free(pointer)
     api.llama_batch_free(batch)
 

@@ -35,6 +35,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def long_path(path: Path) -> Path:
+    return write_tiny(path.parent / "long.gguf", tiny_config(context_length=4096))
+
+
+@pytest.fixture(scope="module")
 def model(path: Path) -> Iterator[edgellama.Model]:
     with edgellama.load(path, runtime="llama.cpp", threads=2, kv_type="f32") as model:
         yield model
@@ -130,6 +135,90 @@ def test_closed_twice_and_in_any_order(path: Path) -> None:
     other.close()
     with pytest.raises(edgellama.ParameterError, match="closed"):
         other.forward([1])
+
+
+CLOSING = """
+import sys, threading, time
+import edgellama
+
+def load():
+    return edgellama.load(sys.argv[1], runtime="llama.cpp", threads=1, context=2048)
+
+def expect_closed(work):
+    try:
+        while True:
+            work()
+    except edgellama.ParameterError as error:
+        said.append(str(error))
+
+def closing(works, wait):
+    threads = [threading.Thread(target=expect_closed, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    time.sleep(wait)
+    model.close()
+    for thread in threads:
+        thread.join()
+
+said = []
+for i in range(20):  # sessions are opened, and dropped
+    model = load()
+    closing([model.session] * 2, 0.005 * (1 + i % 5))
+for i in range(4):  # sessions wait for their turn, are computing, forget
+    model = load()
+    sessions = [model.session() for _ in range(4)]
+
+    def work(session):
+        session.forward(list(range(200)) * 5)
+        session.truncate(3)
+        session.truncate(0)
+
+    closing([lambda session=session: work(session) for session in sessions], 0.05)
+assert said == ["the model is closed"] * 56, said
+"""
+
+
+def test_closing_a_model_while_sessions_are_opened_and_work(long_path: Path) -> None:
+    """In a process of its own: what has been freed must not be touched."""
+    command = [sys.executable, "-X", "faulthandler", "-c", CLOSING, str(long_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("what", ["session", "model"])
+def test_closing_ends_a_call_that_computes_and_one_that_waits(long_path: Path, what: str) -> None:
+    model = edgellama.load(long_path, runtime="llama.cpp", threads=1, context=4096)
+    said: list[str] = []
+
+    def work(session: edgellama.Session) -> None:
+        try:
+            while True:
+                session.forward([5] * 4000)
+                session.truncate(0)
+        except edgellama.ParameterError as error:
+            said.append(str(error))
+
+    sessions = [model.session() for _ in range(3)]
+    threads = [threading.Thread(target=work, args=(s,), daemon=True) for s in sessions]
+    for thread in threads:
+        thread.start()
+    for closed in sessions if what == "session" else [model]:
+        closed.close()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert said == [f"the {what} is closed"] * 3
+    model.close()
+
+
+def test_waiting_for_another_session_can_be_cancelled(long_path: Path) -> None:
+    with edgellama.load(long_path, runtime="llama.cpp", threads=1, context=4096) as model:
+        session, token = model.session(), edgellama.CancelToken()
+        with model._runtime.turns.turn():  # another session computes
+            threading.Timer(0.05, token.cancel).start()
+            with pytest.raises(edgellama.Cancelled):
+                session.forward([1, 2, 3], cancel=token)
+        assert session.position == 0 and session.forward([1]).shape == (288,)
 
 
 def test_unknown_cache_type_is_refused(path: Path) -> None:
