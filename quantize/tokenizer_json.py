@@ -3,7 +3,7 @@
 Knows nothing about the other files of a checkpoint.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,41 @@ def _scores(spans: Mapping[str, _Span]) -> Iterator[tuple[str, float]]:
 def _check_every_halving(draft: Draft, merges: set[tuple[str, str]], added: set[str]) -> None:
     """Scores let any two neighbours join that make a piece: so must the merges."""
     typed = zip(draft.tokens, draft.types, strict=True)
-    ids = {text for text, kind in typed if kind == NORMAL and text not in added}
+    ids = [text for text, kind in typed if kind == NORMAL and text not in added]
+    begins, ends = _longest_beginnings(ids), _longest_ends(ids)
     for text in ids:
-        for i in range(1, len(text)):
-            left, right = text[:i], text[i:]
-            if left in ids and right in ids and (left, right) not in merges:
+        rights = {len(right): right for right in _chain(ends, text)}
+        for left in _chain(begins, text):
+            right = rights.get(len(text) - len(left))
+            if right is not None and (left, right) not in merges:
                 _missing(left, right, draft)
+
+
+def _longest_beginnings(texts: Iterable[str]) -> dict[str, str]:
+    """Text -> the longest other one that it begins with, of those that have one; each is read
+    once or twice, however long."""
+    found: dict[str, str] = {}
+    open_texts: list[str] = []  # each begins the next
+    for text in sorted(set(texts)):
+        while open_texts and not text.startswith(open_texts[-1]):
+            open_texts.pop()
+        if open_texts:
+            found[text] = open_texts[-1]
+        open_texts.append(text)
+    return found
+
+
+def _longest_ends(texts: Iterable[str]) -> dict[str, str]:
+    """Text -> the longest other one that it ends with."""
+    forth = {text[::-1]: text for text in texts}
+    return {forth[text]: forth[end] for text, end in _longest_beginnings(forth).items()}
+
+
+def _chain(parts: Mapping[str, str], text: str) -> Iterator[str]:
+    """The longest part of a text, the longest part of that, and so on."""
+    while part := parts.get(text):
+        yield part
+        text = part
 
 
 def _missing(left: str, right: str, draft: Draft) -> None:
