@@ -42,8 +42,8 @@ def show_perplexity(
 ) -> None:
     if base is None and base_runtime != how.runtime:
         raise ParameterError("--base-runtime is for --base", field="base_runtime")
-    words, cancel = read_text(text), CancelToken()
     context = CONTEXT if how.context is None else how.context
+    words, cancel = read_text(text, chunks, context), CancelToken()
     with ExitStack() as opened:
         model = opened.enter_context(load_model(terminal, name, how))
         other = None

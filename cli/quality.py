@@ -79,8 +79,9 @@ class Around:
         if given:
             source = self.job.source
             tokenizer = tokenizer_from_gguf(source.metadata, source.path)
-        for path in given:
-            chunked(tokenizer, read_text(path), limit=1)
+        for path in given:  # a matrix remembers the whole text it was collected on
+            chunks = None if path == self.extras.calibrate else self.extras.chunks
+            chunked(tokenizer, read_text(path, chunks), limit=1)
 
     @property
     def notes(self) -> list[str]:
@@ -123,7 +124,8 @@ class Around:
         from edgellama.quantize.quality import quality
 
         assert self.extras.text is not None
-        base, text = self._model(cancel, progress), read_text(self.extras.text)
+        base = self._model(cancel, progress)
+        text = read_text(self.extras.text, self.extras.chunks)
         return quality(self.job.output, base, text, **self._how(cancel, progress))
 
     def _model(self, cancel: CancelToken, progress: Progress) -> Path:

@@ -9,6 +9,7 @@ probabilities are neither stored nor rounded to 16 bits.
 Knows nothing about files of models, runtimes or terminals; the formulas are in `distance.py`.
 """
 
+import codecs
 import os
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -28,12 +29,17 @@ from edgellama.errors import (
     require_integer,
 )
 from edgellama.model import Model
+from edgellama.regular_file import read_start
 from edgellama.session import Session
 from edgellama.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of a chunk
 LEAST_CONTEXT = 8
 MOST_CHUNKS = 1_000_000_000
+MOST_BYTES = 1 << 28  # of a text; encoding takes about seven times as much memory
+BYTES_A_TOKEN = 512  # at most, on average over a text
+LETTERS_A_TOKEN = 8  # tried first; ordinary texts have three to five
+MARGIN = 1024  # tokens by which a text that was cut off must be longer than what is taken of it
 BUCKETS = 4  # that a chunk's scored positions are told apart in
 READ = 128  # positions whose logits are computed at once: float32 (READ, vocab_size) a model
 SCORED = 1 << 19  # logits scored at once, in float64, between two looks at the cancel token
@@ -58,23 +64,33 @@ class Quality:
     buckets: list[Bucket]
 
 
-def read_text(path: "str | os.PathLike[str]") -> str:
+def read_text(
+    path: "str | os.PathLike[str]", chunks: int | None = None, context: int = CONTEXT
+) -> str:
     """A text file as perplexity wants it: UTF-8, one final line break dropped, as llama.cpp does.
 
-    Raises ParameterError for other bytes, EdgeLlamaError if the file cannot be read.
+    With `chunks`, only as much of its beginning as holds so many chunks of `context` tokens.
+    Raises ParameterError for other bytes or too many, EdgeLlamaError for a file that cannot be
+    read, a folder, pipe or device among them.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()  # not as text: that would rewrite line breaks
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise EdgeLlamaError(f"cannot be read: {reason}", path=path) from error
-    try:
-        return data.decode("utf-8").removesuffix("\n")
+    most = MOST_BYTES if chunks is None else BYTES_A_TOKEN * (_needed(chunks, context) + MARGIN)
+    data = read_start(path, min(most, MOST_BYTES) + 1, EdgeLlamaError, wanted="a text file")
+    whole = len(data) <= most
+    if len(data) > MOST_BYTES:
+        raise ParameterError(
+            f"the text is longer than {MOST_BYTES} bytes",
+            path=path,
+            allowed=f"at most {MOST_BYTES} bytes",
+            hint="Give a part of it, or take fewer chunks",
+        )
+    try:  # not as text: that would rewrite line breaks
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
     except UnicodeDecodeError as error:
         raise ParameterError(
             f"is not UTF-8 text: byte {data[error.start]} at {error.start}", path=path
         ) from None
+    return text.removesuffix("\n") if whole else text
 
 
 def chunked(
@@ -87,7 +103,7 @@ def chunked(
     """
     most = MOST_CHUNKS if limit is None else require_integer("chunks", limit, 1, MOST_CHUNKS)
     bos = tokenizer.bos if tokenizer.add_bos else None
-    ids = tokenizer.encode(text, bos=bos is not None)
+    ids = _first_ids(tokenizer, text, _needed(most, context), bos is not None)
     if len(ids) < 2 * context:
         raise ParameterError(
             f"the text has {len(ids)} tokens; at least {2 * context} are needed, two chunks",
@@ -101,6 +117,25 @@ def chunked(
     if bos is not None:
         chunks = [[bos, *chunk[1:]] for chunk in chunks]
     return chunks
+
+
+def _needed(chunks: int, context: int) -> int:
+    """Tokens: a text of fewer than two chunks is refused."""
+    return max(2, chunks) * context
+
+
+def _first_ids(tokenizer: Tokenizer, text: str, count: int, bos: bool) -> list[int]:
+    """The first `count` ids of the text, or all there are, from no more of it than that takes.
+
+    Where a text is cut off, only the ids next to the cut become others: these are not taken.
+    """
+    length = LETTERS_A_TOKEN * (count + MARGIN)
+    while length < len(text):
+        ids = tokenizer.encode(text[:length], bos=bos)
+        if len(ids) >= count + MARGIN:
+            return ids[:count]
+        length *= 2
+    return tokenizer.encode(text, bos=bos)
 
 
 def measure(

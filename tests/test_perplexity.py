@@ -338,3 +338,75 @@ def test_a_text_files_line_breaks_stay(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"a\r\nb\n\n")
     assert perplexity.read_text(path) == "a\r\nb\n"
+
+
+# --- long texts ---------------------------------------------------------------------------------
+
+
+def test_no_more_is_encoded_than_is_taken(models: list[edgellama.Model]) -> None:
+    tokenizer = models[0].tokenizer
+    text = "".join(f"the cat {i} sat on a mat\n " for i in range(4000))
+    for limit in (1, 2, 3, 7):
+        every = chunked(tokenizer, text, CHUNK)
+        assert chunked(tokenizer, text, CHUNK, limit) == every[: max(limit, 1)]
+    chunked(tokenizer, text + "\ud800", CHUNK, 2)  # no text, but nobody gets there
+    with pytest.raises(edgellama.ParameterError, match="lone surrogate"):
+        chunked(tokenizer, text + "\ud800", CHUNK)
+
+
+def test_a_text_of_hardly_any_tokens_is_encoded_to_its_end(
+    models: list[edgellama.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " the" * 4000
+    wanted = chunked(models[0].tokenizer, text, CHUNK)[:3]
+    monkeypatch.setattr(perplexity, "LETTERS_A_TOKEN", 1)  # as if tokens were longer
+    monkeypatch.setattr(perplexity, "MARGIN", 1)
+    assert chunked(models[0].tokenizer, text, CHUNK, 3) == wanted
+
+
+def test_no_more_is_read_than_is_taken(
+    paths: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(perplexity, "MOST_BYTES", 1 << 22)
+    path = tmp_path / "endless.txt"
+    path.write_text("é" + WORDS * 8000, encoding="utf-8")
+    os.truncate(path, 1 << 30)  # a hole, which takes no room
+    text = read_text(path, 2, CHUNK)
+    assert text.startswith("é" + WORDS) and len(text) < 1e6
+    with pytest.raises(edgellama.ParameterError, match="longer than 4194304 bytes"):
+        read_text(path)
+    assert run(command(paths, path)) == 2
+    assert "longer than" in capsys.readouterr().err
+    assert run(command(paths, path, "--chunks", "2")) == 0
+
+
+def test_half_a_letter_at_the_end_of_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "MARGIN", 0)
+    path = tmp_path / "text.txt"
+    path.write_text("é" * 20_000, encoding="utf-8")
+    monkeypatch.setattr(perplexity, "BYTES_A_TOKEN", 1)
+    assert read_text(path, 3, 7) == "é" * 11  # 22 bytes
+    path.write_bytes(b"\xc3")
+    with pytest.raises(edgellama.ParameterError, match="byte 195 at 0"):
+        read_text(path, 3, 7)
+
+
+@pytest.mark.parametrize("name", [os.devnull, "/dev/zero", "pipe", "."])
+def test_what_is_no_text_file_is_refused_unread(
+    paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    if name == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("there are no named pipes here")
+        os.mkfifo(tmp_path / name)
+    elif name == "/dev/zero" and not os.path.exists(name):
+        pytest.skip("there is no such device here")
+    assert run(command(paths, tmp_path / name)) == 1
+    err = capsys.readouterr().err
+    assert ("a folder, not a text file" if name == "." else "not a regular file") in err
+    assert err.count("\n") == 1
