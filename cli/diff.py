@@ -27,10 +27,12 @@ class Choices:
 
 def show_difference(terminal: Terminal, file: str, other: str | None, choices: Choices) -> None:
     """Ends with status 1 where something is further apart than the tolerance."""
+    from edgellama.perplexity import read_text
+
     asked = dataclasses.asdict(choices)
     text = asked.pop("text")
     if text is not None:
-        asked["text"] = text.read_text(encoding="utf-8")
+        asked["text"] = read_text(text, chunks=1)  # two at least, and 64 tokens are taken
     path, cancel = model_path(file), CancelToken()
     second = None if other is None else model_path(other)
     with terminal.progress() as display:

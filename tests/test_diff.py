@@ -1,6 +1,7 @@
 """`diff` names the first value where two runtimes part: clean where they agree, right where not."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,28 @@ def test_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert run(["diff", str(models / "F32.gguf"), "--a", wrong]) == 2
         said = capsys.readouterr().err
         assert f"a = '{wrong}'; allowed: cpu, onnx, reference, onnx:cpu, onnx:cuda" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status", "said"),
+    [
+        ("latin.txt", b"caf\xe9", 2, "latin.txt: is not UTF-8 text: byte 233 at 3"),
+        ("missing.txt", None, 1, f"missing.txt: cannot be read: {os.strerror(2)}"),
+        (os.devnull, None, 1, "this is not a regular file"),
+    ],
+)
+def test_a_text_that_cannot_be_read(
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+    status: int,
+    said: str,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    text = ["--text", str(tmp_path / name), "--a", "reference", "--b", "cpu"]
+    assert run(["diff", str(models / "F32.gguf"), *text]) == status
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
