@@ -24,6 +24,7 @@ STATE = ".quant_state.bitsandbytes__"
 TYPES = {"nf4": "NF4", "fp4": "FP4"}
 LONGEST_STATE = 65_536  # bytes of JSON
 MOST_ELEMENTS = 2**40
+LARGEST_OFFSET = float(np.finfo(np.float32).max)
 _STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -64,7 +65,7 @@ def unpack_4bit(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         for suffix in _STATISTICS:
             result.pop(f"{name}.{suffix}", None)
         del result[key]
-        fetch = partial(_rows, packed)
+        fetch = partial(_quiet_rows, packed)
         result[name] = Tensor(name, packed.shape, TYPES[quant_type], fetch)
     return result
 
@@ -97,8 +98,9 @@ def _packed(
         return _Packed(weight, shape, block, absmax, values)
     nested_block = _number(described, "nested_blocksize", name, path)
     offset = described.get("nested_offset")
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-        raise _refuse(path, name, f"nested_offset is {_kind(offset)}", "nested_offset")
+    if type(offset) not in (int, float) or not -LARGEST_OFFSET <= offset <= LARGEST_OFFSET:
+        problem = f"nested_offset is {_kind(offset)}; expected a number that float32 holds"
+        raise _refuse(path, name, problem, "nested_offset")
     scales = _small(tensors, name, "nested_absmax", -(-blocks // nested_block), path)
     levels = _small(tensors, name, "nested_quant_map", 256, path)
     return _Packed(
@@ -171,6 +173,12 @@ def _bytes(tensor: Tensor, first: int, last: int) -> Bits:
     row = first // item
     rows = np.ascontiguousarray(tensor.read_bits(row, -(-last // item)))
     return rows.reshape(-1).view(np.uint8)[first - row * item : last - row * item]
+
+
+def _quiet_rows(packed: _Packed, first: int, last: int) -> Floats:
+    """`_rows`, without a word of infinities: whoever reads weights refuses them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _rows(packed, first, last)
 
 
 def _rows(packed: _Packed, first: int, last: int) -> Floats:

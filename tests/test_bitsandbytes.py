@@ -103,6 +103,9 @@ CHANGES: list[tuple[dict[str, object], str]] = [
     ({"nested_offset": "x"}, "nested_offset"),
     ({"nested_offset": True}, "nested_offset"),
     ({"nested_offset": None}, "nested_offset"),
+    ({"nested_offset": 10**399}, "nested_offset is 'an integer of 1326 bits'"),
+    ({"nested_offset": -(10**39)}, "nested_offset is -1000"),
+    ({"nested_offset": 1e300}, "nested_offset is 1e+300; expected a number that float32 holds"),
     ({"shape": None}, "shape"),
     ({"shape": []}, "shape"),
     ({"shape": [40, 449]}, "do not take"),
@@ -120,6 +123,18 @@ def test_descriptions_that_lie(
     stored: dict[str, Tensor], changes: dict[str, object], reason: str
 ) -> None:
     assert reason in refusal(described(parts(stored), **changes))
+
+
+def test_scales_that_overflow_are_infinite(stored: dict[str, Tensor]) -> None:
+    """In silence: what reads weights looks for infinities, and names the row."""
+    scales, levels = "nf4_nested.weight.nested_absmax", "nf4_nested.weight.nested_quant_map"
+    tensors = parts(stored)
+    for name in (scales, levels):
+        huge = np.full(stored[name].shape, 3e38, np.float32)
+        tensors[name] = in_memory(name, huge)
+        changed = described(tensors, nested_offset=3.4e38)
+        found = unpack_4bit(changed, FILE)["nf4_nested.weight"].read()
+        assert found.shape == (40, 448) and not np.isfinite(found).all()
 
 
 def test_description_is_no_json(stored: dict[str, Tensor]) -> None:
