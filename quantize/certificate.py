@@ -9,6 +9,7 @@ how the file is laid out.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellama.errors import ModelFormatError, ParameterError
+from edgellama.errors import ModelFormatError, ParameterError, shown
 from edgellama.quantize.blocks import decode
 from edgellama.quantize.forecast import Forecast
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
@@ -202,10 +203,10 @@ def read_certificate(metadata: Mapping[str, Any], path: Any) -> Certificate:
     try:
         document = json.loads(text.rstrip())
         if document["version"] != VERSION:
-            raise ValueError(f"version {document['version']!r}; this release reads {VERSION}")
+            raise ValueError(f"version {shown(document['version'])}; this release reads {VERSION}")
         prompts = tuple(_prompt(*entry) for entry in document["prompts"])
         rope, tensors, keys = document["rope"], document["tensors"], document["keys"]
-        errors = {name: float(error) for name, error in document["errors"].items()}
+        errors = {name: _error(error) for name, error in document["errors"].items()}
         named = all(isinstance(x, str) for part in (tensors, keys) for x in part.values())
         if rope not in ("half", "interleaved") or not named or not prompts:
             raise ValueError("a field is not what the format says")
@@ -214,6 +215,12 @@ def read_certificate(metadata: Mapping[str, Any], path: Any) -> Certificate:
             f"the certificate cannot be read: {error}", path=path, where=f"key '{KEY}'", field=KEY
         ) from error
     return Certificate(rope, tensors, errors, keys, prompts)
+
+
+def _error(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError("an error is no finite number from 0 on")
+    return float(value)
 
 
 def _prompt(ids: Any, top: Any, logits: Any, spread: Any) -> Witnessed:
