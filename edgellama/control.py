@@ -4,11 +4,14 @@ Knows nothing about the work. Compiled kernels poll the token's memory cell, so 
 is seen in the middle of a matrix product, not only between calls.
 """
 
+import contextlib
+import sys
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 from weakref import ReferenceType, ref
 
@@ -17,6 +20,8 @@ from edgellama.errors import Cancelled, ParameterError, shown
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 _LOOK = 0.02  # seconds between two looks at a token while waiting
 _LINKING = threading.Lock()
+CO_GENERATOR = 0x20  # of a code object's flags
+_MANAGERS = (contextlib.__file__,)
 
 
 class CancelToken:
@@ -71,45 +76,97 @@ def require_token(cancel: object) -> None:
 
 class Turns:
     """A lock that is handed on in the order of asking, so that nobody who works in steps keeps it
-    from the others; those who wait can be cancelled."""
+    from the others; those who wait can be cancelled.
+
+    It stands exceptions of signals, which Python may raise between any two steps here: a turn is
+    over when it says so, or when the call that took it is no longer under way in its thread.
+    """
 
     def __init__(self) -> None:
-        self._mutex, self._taken = threading.Lock(), False
-        self._waiting: deque[threading.Lock] = deque()
+        self._line: deque[_Turn] = deque()  # the first has the turn; all it does here is atomic
 
-    @contextmanager
-    def turn(self, cancel: CancelToken | None = None, what: str = "the call") -> Iterator[None]:
-        """Hold the lock. Raises Cancelled if the token is set before the turn comes."""
-        gate = threading.Lock()
-        gate.acquire()
-        with self._mutex:
-            if self._taken:
-                self._waiting.append(gate)
-            else:
-                self._taken = True
-                gate.release()
+    def turn(self, cancel: CancelToken | None = None, what: str = "the call") -> "_Turn":
+        """A context manager: hold the lock.
+
+        Raises Cancelled if the token is set before the turn comes; ParameterError where this very
+        thread is amid a turn, as in a callback or a signal handler, which could only wait for ever.
+        """
+        return _Turn(self._line, cancel, what)
+
+    def finally_do(self, action: Callable[[], None]) -> None:
+        """Do it in a turn; where this thread is amid one, at that one's end, without waiting."""
+        mine = _of_this_thread(self._line)
+        if mine is not None:
+            mine.actions.append(action)
+            return
+        with self.turn():
+            action()
+
+
+class _Turn:
+    """One who waits in line or, as its first, has the turn."""
+
+    def __init__(self, line: "deque[_Turn]", cancel: CancelToken | None, what: str) -> None:
+        self.line, self.cancel, self.what = line, cancel, what
+        self.gate = threading.Lock()
+        self.actions: list[Callable[[], None]] = []
+        self.thread, self.call = threading.get_ident(), _call_under_way()
+
+    def __enter__(self) -> None:
+        if _of_this_thread(self.line) is not None:
+            raise ParameterError(
+                f"{self.what}: this thread is amid another call on the same session or model",
+                hint="Let that call return first; to end it, cancel it",
+            )
+        self.gate.acquire()
         try:
-            while not gate.acquire(timeout=_LOOK):
-                if cancel:
-                    cancel.check(what)
-        except BaseException:  # a signal's exception too must not leave the gate in the line
-            self._leave(gate)
+            self.line.append(self)
+            while (first := self.line[0]) is not self:
+                if not self.gate.acquire(timeout=_LOOK) and first.is_over():
+                    first.leave()
+                if self.cancel:
+                    self.cancel.check(self.what)
+        except BaseException:
+            self.leave()
             raise
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Be out of the line, and wake its first; twice, or in the middle, is harmless."""
         try:
-            yield
+            while self.actions:
+                self.actions.pop()()
         finally:
-            self._pass_on()
+            with suppress(ValueError):
+                self.line.remove(self)
+            self.call = None
+            with suppress(IndexError, RuntimeError):  # nobody waits, or has been woken already
+                self.line[0].gate.release()
 
-    def _leave(self, gate: threading.Lock) -> None:
-        with self._mutex:
-            if gate in self._waiting:
-                self._waiting.remove(gate)
-                return
-        self._pass_on()  # the turn had come meanwhile
+    def is_over(self) -> bool:
+        """Whether the call that took it has left its thread without saying so."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame is not self.call:
+            frame = frame.f_back
+        return frame is None
 
-    def _pass_on(self) -> None:
-        with self._mutex:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._taken = False
+
+def _call_under_way() -> FrameType | None:
+    """The call that is amid a `with`: generators that make a context manager are suspended."""
+    frame: FrameType | None = sys._getframe(3)  # of `Turns.turn`'s caller
+    while frame and (frame.f_code.co_flags & CO_GENERATOR or frame.f_code.co_filename in _MANAGERS):
+        frame = frame.f_back
+    return frame
+
+
+def _of_this_thread(line: "deque[_Turn]") -> _Turn | None:
+    """What this thread holds or waits for in the line, further up its stack."""
+    here = threading.get_ident()
+    for turn in tuple(line):
+        if turn.thread == here:
+            if not turn.is_over():
+                return turn
+            turn.leave()
+    return None

@@ -108,9 +108,10 @@ class Model:
 
     def close(self) -> None:
         """Free the weights and the threads; calling it twice is harmless."""
-        runtime, self._runtime = self._runtime, None
+        runtime = self._runtime
         if runtime is not None:
             runtime.close()
+            self._runtime = None  # last: closing that a signal broke off can be done again
 
     def session(self) -> Session:
         """A new conversation: an empty key/value cache."""
@@ -165,7 +166,7 @@ class Model:
             except Cancelled:
                 return _cancelled()
         elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray):
-            ids = list(prompt)
+            ids = prompt
         else:
             raise ParameterError(
                 f"prompt is {type(prompt).__name__}; expected text or token ids",

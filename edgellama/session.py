@@ -4,7 +4,7 @@ Knows nothing about chat messages or files; see `model.py` for both.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
@@ -15,6 +15,7 @@ from edgellama.errors import (
     ContextOverflow,
     ForkedProcess,
     ParameterError,
+    as_integer,
     require_integer,
     shown,
 )
@@ -121,24 +122,12 @@ class Session:
         return self._runtime_session
 
     def _check(self, ids: Sequence[int]) -> list[int]:
-        size = self._model.config.vocab_size
-        checked = []
-        for i, token in enumerate(ids):
-            plain = cast("int", getattr(token, "item", lambda t=token: t)())  # NumPy's integers too
-            if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < size:
-                raise ParameterError(
-                    f"ids[{i}] = {shown(token)}; allowed: an integer 0..{size - 1}", field="ids"
-                )
-            checked.append(plain)
-        if not checked:
-            raise ParameterError("ids is empty; at least one token is needed", field="ids")
-        return checked
+        return _checked_ids(ids, self._model.config.vocab_size)
 
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens. Raises ParameterError for n > position."""
         with self._turn(None, "truncate") as session:
-            require_integer("n", n, 0, self.position)
-            self._truncate(session, n)
+            self._truncate(session, require_integer("n", n, 0, self.position))
 
     def _truncate(self, session: RuntimeSession, n: int) -> None:
         session.truncate(n)
@@ -234,9 +223,11 @@ class Session:
         if os.getpid() != self._model._pid:
             return  # a fork has nothing that runs, and its memory ends with it
         self._runtime_session.stop()
-        with self._turns.turn():
-            self._runtime_session.close()
-            self._ids = []
+        self._turns.finally_do(self._free)
+
+    def _free(self) -> None:
+        self._runtime_session.close()
+        self._ids = []
 
 
 def restored(
@@ -282,6 +273,27 @@ def _savable(session: RuntimeSession, model: "Model") -> tuple[SavableSession, b
     )
 
 
+def _checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Ids of one row, as Python's integers; NumPy's will do."""
+    allowed = f"integers 0..{vocab_size - 1}"
+    shape = getattr(ids, "shape", (1,))
+    if not isinstance(ids, Iterable) or isinstance(ids, str | bytes) or len(shape) != 1:
+        what = type(ids).__name__ if len(shape) == 1 else f"of shape {tuple(shape)}"
+        problem = f"ids is {what}; allowed: one row of {allowed}"
+        raise ParameterError(problem, field="ids", value=ids, allowed=allowed)
+    checked = []
+    for i, token in enumerate(ids):
+        whole = as_integer(token)
+        if whole is None or not 0 <= whole < vocab_size:
+            problem = f"ids[{i}] = {shown(token)}; allowed: an integer 0..{vocab_size - 1}"
+            raise ParameterError(problem, field="ids", value=token, allowed=allowed)
+        checked.append(whole)
+    if not checked:
+        problem = "ids is empty; at least one token is needed"
+        raise ParameterError(problem, field="ids", value=ids, allowed="1 or more ids")
+    return checked
+
+
 def _checked_path(path: object) -> Path:
     if not isinstance(path, str | os.PathLike):
         problem = f"path is {type(path).__name__}; allowed: str or os.PathLike"
@@ -289,8 +301,6 @@ def _checked_path(path: object) -> Path:
     return Path(path)
 
 
-def _same_file(path: Path, other: Path) -> bool:
-    try:
 def _own_files(model: "Model") -> list[Path]:
     """The file or folder that a model was loaded from, with all parts of it."""
     path = model.info.path
@@ -299,6 +309,8 @@ def _own_files(model: "Model") -> list[Path]:
     return [path, *model._paths]
 
 
+def _same_file(path: Path, other: Path) -> bool:
+    try:
         return path.samefile(other)
     except (OSError, ValueError):  # one of them does not exist, or cannot be looked at
         return False

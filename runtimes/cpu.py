@@ -121,12 +121,14 @@ class Cpu:
         self.closed = True
         for session in list(self.sessions):
             session.stop()
-        with self.turns.turn():
-            self.team.close()
-            self.weights.free()
-            self.scratch = np.zeros(0, np.uint8)
-            for session in list(self.sessions):
-                session.cache = np.zeros(0, np.uint8)
+        self.turns.finally_do(self._free)
+
+    def _free(self) -> None:
+        self.team.close()
+        self.weights.free()
+        self.scratch = np.zeros(0, np.uint8)
+        for session in list(self.sessions):
+            session.cache = np.zeros(0, np.uint8)
 
 
 class Angles:
@@ -245,6 +247,8 @@ class CpuSession:
 
     def close(self) -> None:
         self.stop()
-        with self.model.turns.turn():
-            self.model.team.settle()
-            self.cache = np.zeros(0, np.uint8)
+        self.model.turns.finally_do(self._free)
+
+    def _free(self) -> None:
+        self.model.team.settle()
+        self.cache = np.zeros(0, np.uint8)

@@ -25,6 +25,7 @@ Words = NDArray[np.int64]
 _Job = tuple[Any, ...]  # arguments of `follow`, then whatever must stay alive meanwhile
 SLICE = 0.03  # seconds in compiled code, about, until the interpreter may raise an exception
 UNKNOWN = 0.003  # seconds that an instruction takes, until it has been measured
+LOOK = 5.0  # seconds between two looks of an idle helper whether its team still exists
 _STOP = np.ones(1, np.int64)  # a cancel cell that is set
 
 
@@ -40,16 +41,19 @@ class Team:
         self._under_way: tuple[Words, NDArray[np.uint8], Words] | None = None
         self._pace: dict[int, float] = {}  # tokens -> seconds an instruction
         self._queues: list[queue.SimpleQueue[_Job | None]] = []
+        self._stop = weakref.finalize(self, _stop, self._queues)
         self._helpers: list[threading.Thread] = []
         for number in range(1, threads):
             jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
             helper = threading.Thread(
-                target=_help, args=(jobs, follow, number), name=f"edgellama-{number}", daemon=True
+                target=_help,
+                args=(weakref.ref(self), jobs, follow, number),
+                name=f"edgellama-{number}",
+                daemon=True,
             )
             self._queues.append(jobs)
             self._helpers.append(helper)
             helper.start()
-        self._stop = weakref.finalize(self, _stop, self._queues)
 
     def run(self, program: Words, counters: NDArray[np.uint8], state: Words) -> None:
         """Run a program to its end or to its cancellation. The caller holds the model's lock.
@@ -108,9 +112,23 @@ class Team:
         self._helpers = []
 
 
-def _help(jobs: "queue.SimpleQueue[_Job | None]", follow: Callable[..., None], number: int) -> None:
-    """A helper's life. It must not know its team, which could never be dropped then."""
-    while (job := jobs.get()) is not None:
+def _help(
+    team: "weakref.ref[Team]",
+    jobs: "queue.SimpleQueue[_Job | None]",
+    follow: Callable[..., None],
+    number: int,
+) -> None:
+    """A helper's life. It must not keep its team, which could never be dropped then."""
+    job: _Job | None
+    while True:
+        try:
+            job = jobs.get(timeout=LOOK)
+        except queue.Empty:
+            if team() is None:  # a signal may have broken off what tells helpers to stop
+                return
+            continue
+        if job is None:
+            return
         follow(*job[:5], number)
         del job  # it keeps a session's memory alive
 

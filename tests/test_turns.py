@@ -1,18 +1,23 @@
 """Who waits for whom: sessions take turns step by step, and whoever waits can be stopped."""
 
+import _thread
 import asyncio
+import random
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import tiny_config, write_tiny
 
 import edgellama
 from edgellama import Cancelled, CancelToken, Chunk, Model, ParameterError, Sampling
 from edgellama.control import Turns
+from edgellama.runtimes import team
 
 LONG = 3900  # tokens of a prompt that takes seconds
 SOON = 2.0  # seconds; the aim is 0.1
@@ -182,3 +187,109 @@ def test_a_cancelled_wait_leaves_the_line() -> None:
     with turns.turn():
         order.append("free")
     assert order == ["free"]
+
+
+def test_a_turn_whose_call_is_gone_is_over() -> None:
+    """As when a signal's exception keeps `__exit__` from being called."""
+    turns, order = Turns(), []
+
+    def lose() -> None:
+        turns.turn().__enter__()
+
+    def take(name: str) -> None:
+        with turns.turn():
+            order.append(name)
+
+    lose()
+    assert Other(lambda: take("another thread")).end() is None
+    lose()
+    take("this thread")
+    assert order == ["another thread", "this thread"]
+
+
+def test_what_is_to_be_done_at_last_does_not_wait_for_its_own_thread() -> None:
+    turns, order = Turns(), []
+
+    def call() -> None:
+        with turns.turn():
+            turns.finally_do(lambda: order.append("at its end"))
+            order.append("turn")
+
+    call()
+    turns.finally_do(lambda: order.append("free"))
+    assert order == ["turn", "at its end", "free"]
+
+
+@pytest.fixture
+def handle() -> Iterator[Callable[[Callable[[], object], float], None]]:
+    """Have something done by a signal handler, some seconds from now."""
+    before = signal.getsignal(signal.SIGINT)
+    timers = []
+
+    def later(act: Callable[[], object], seconds: float) -> None:
+        signal.signal(signal.SIGINT, lambda *_: act())
+        timers.append(threading.Timer(seconds, _thread.interrupt_main))
+        timers[-1].start()
+
+    yield later
+    for timer in timers:
+        timer.join()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("what", ["session", "model"])
+def test_closing_in_a_signal_handler(model: Model, handle: Any, what: str) -> None:
+    session = model.session()
+    handle(session.close if what == "session" else model.close, 0.1)
+    with pytest.raises(ParameterError, match=f"the {what} is closed"):
+        session.forward([5] * LONG)
+    assert session._runtime_session.cache.size == 0  # type: ignore[attr-defined]
+
+
+def test_a_call_in_a_signal_handler_is_refused_where_it_would_wait(
+    model: Model, handle: Any
+) -> None:
+    session, other = model.session(), model.session()
+    for amid in (session, other):
+        handle(lambda amid=amid: amid.forward([7]), 0.1)
+        with pytest.raises(ParameterError, match="amid another call"):
+            session.forward([5] * LONG)
+    assert session.forward([5]).shape == other.forward([5]).shape
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # amid a callback
+def test_interrupts_at_any_moment_leave_a_session_that_works(model: Model) -> None:
+    """Also while the exception, and with it every frame it went through, is still at hand."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    session, rng, interrupts = model.session(), random.Random(0), 0
+    expected = model.session().forward([1, 5, 6])
+    try:
+        for _ in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(5e-5, 5e-3))
+                for _ in range(10_000):
+                    list(model.generate([1, 5, 6], max_tokens=3, session=session))
+            except KeyboardInterrupt:
+                interrupts += 1
+                signal.setitimer(signal.ITIMER_REAL, 60)  # nothing here may wait for ever
+                session.truncate(0)
+                assert np.array_equal(session.forward([1, 5, 6]), expected)
+                session.close()
+                session = model.session()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts > 150
+
+
+def test_helpers_of_a_team_that_was_lost_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a signal's exception breaks off what tells them to stop."""
+    monkeypatch.setattr(team, "LOOK", 0.1)
+    lost = team.Team(3, lambda *_: None, lambda *_: None)
+    helpers = lost._helpers
+    lost._stop.detach()
+    del lost
+    for helper in helpers:
+        helper.join(60)
+        assert not helper.is_alive()
