@@ -83,6 +83,16 @@ class Around:
             chunks = None if path == self.extras.calibrate else self.extras.chunks
             chunked(tokenizer, read_text(path, chunks), limit=1)
 
+    def check_places(self) -> None:
+        """Refuse early where nothing could be written. Raises OutputError."""
+        from edgellama.quantize.calibrate import check_place
+        from edgellama.quantize.convert import check_room
+
+        check_place(self.job.output)
+        if self.extras.calibrate is not None:
+            check_place(self.matrix)
+        check_room(self.job.output, self.job.plan)
+
     @property
     def notes(self) -> list[str]:
         """What a user should know, in a sentence each."""

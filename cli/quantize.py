@@ -80,6 +80,7 @@ def _prepared(
 
 
 def _convert(around: Around, cancel: CancelToken, progress: Progress) -> "Report":
+    around.check_places()
     return around.calibrated(cancel, progress).run(cancel, progress)
 
 

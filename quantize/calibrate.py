@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgellama.control import CancelToken, Progress
-from edgellama.errors import EdgeLlamaError, ParameterError, shown
+from edgellama.errors import EdgeLlamaError, OutputError, ParameterError, shown
 from edgellama.perplexity import CONTEXT, read_text
 from edgellama.quantize.importance import ORIGIN, Importance, collect
 from edgellama.quantize.importance_files import read_importance
@@ -38,6 +38,20 @@ def check_matrix(path: Path, taken: Iterable[Path]) -> None:
         raise _refused(path, "is there, and no importance matrix that was collected here")
 
 
+def check_place(path: Path) -> None:
+    """Refuse a name under which no file could be written later on. Raises OutputError."""
+    folder = path.parent if path.is_dir() else Path(os.path.realpath(path)).parent
+    if not folder.exists():
+        problem = f"there is no folder {shown(str(folder))}"
+    elif not folder.is_dir():
+        problem = f"{shown(str(folder))} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"the folder {shown(str(folder))} cannot be written to"
+    else:
+        return
+    raise OutputError(f"cannot be written: {problem}", path=path, hint="Nothing was changed")
+
+
 def _same(path: Path, other: Path) -> bool:
     if path.absolute() == other.absolute():
         return True
@@ -64,10 +78,11 @@ def calibrate(
     """Collect an importance matrix of a GGUF model on a text file, and keep it in `output`.
 
     What an earlier call on the same model and text has left there is continued. A matrix of other
-    origin that was collected here is replaced; anything else is not. Raises ParameterError, what
-    `read_text` and `collect` raise, Cancelled.
+    origin that was collected here is replaced; anything else is not. Raises ParameterError,
+    OutputError, what `read_text` and `collect` raise, Cancelled.
     """
     check_matrix(Path(output), (Path(model), Path(text)))
+    check_place(Path(output))
     return collect(
         model,
         read_text(text),

@@ -18,7 +18,7 @@ import edgellama
 from edgellama.cli.main import run
 from edgellama.perplexity import measure, read_text
 from edgellama.quantize import quantize
-from edgellama.quantize.calibrate import calibrate, check_matrix, matrix_beside
+from edgellama.quantize.calibrate import calibrate, check_matrix, check_place, matrix_beside
 from edgellama.quantize.importance import collect, read_importance
 from edgellama.quantize.runnable import runnable
 from edgellama.quantize.source import open_source
@@ -244,3 +244,33 @@ def test_refused_before_anything_is_done(
     assert run(command(here / "tiny.gguf", tmp_path / "out.gguf", *words)) == status
     assert said in capsys.readouterr().err
     assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["missing/out.gguf", "missing/out.onnx", "a.txt/out.gguf"])
+@pytest.mark.parametrize("option", ["OUTPUT", "--importance-out"])
+def test_places_are_looked_at_before_the_long_work(
+    here: Path, tmp_path: Path, what: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("no folder")
+    words = [str(tmp_path / what), "--calibrate", str(here / "calm.txt"), "--chunks", "2"]
+    if option != "OUTPUT":
+        words[:1] = [str(tmp_path / "out.gguf"), option, words[0]]
+    elif what.startswith("missing"):  # else it would be beside the output, and fail first
+        words += ["--importance-out", str(tmp_path / "m.gguf")]
+    started = [str(here / "folder"), *words, "--type", "q4_1", "--certificate", "none"]
+    assert run(["quantize", *started]) == 1
+    err = capsys.readouterr().err
+    assert "cannot be written: " in err and "folder" in err.splitlines()[-1]
+    assert "Nothing was changed" in err and "collecting" not in err
+    assert names_in(tmp_path) == ["a.txt"]  # no matrix was begun
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path) -> None:
+    if os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("needs a folder that the user cannot write to")
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(edgellama.OutputError, match="cannot be written to"):
+            check_place(tmp_path / "m.gguf")
+    finally:
+        tmp_path.chmod(0o700)
