@@ -81,15 +81,16 @@ class ReferenceSession:
     ) -> NDArray[np.float32]:
         before = self.position
         rows = []
-        for start in range(0, len(ids), CHUNK):
-            if self.stopped or (cancel and cancel.cancelled):
-                self.truncate(before)
+        try:
+            for start in range(0, len(ids), CHUNK):
                 if cancel:
                     cancel.check("forward")
-                raise ParameterError("the session is closed")
-            chunk = ids[start : start + CHUNK]
-            wanted = range(len(chunk)) if all_logits else range(len(chunk) - 1, len(chunk))
-            rows.append(self.run(chunk, list(wanted))["output"])
+                chunk = ids[start : start + CHUNK]
+                wanted = range(len(chunk)) if all_logits else range(len(chunk) - 1, len(chunk))
+                rows.append(self.run(chunk, list(wanted))["output"])
+        except BaseException:
+            self.truncate(before)
+            raise
         if all_logits:
             return np.concatenate(rows).astype(np.float32)
         last: NDArray[np.float32] = rows[-1][-1].astype(np.float32)
@@ -140,8 +141,12 @@ class ReferenceSession:
     # --- operators ------------------------------------------------------------------------------
 
     def weight(self, node: Node) -> Array:
+        """Raises ParameterError once another thread has closed the session, or the model."""
         assert node.weight is not None
-        return self.model.weights[node.weight]
+        weights = self.model.weights  # that is empty then
+        if self.stopped or not weights:
+            raise ParameterError(f"the {'session' if weights else 'model'} is closed")
+        return weights[node.weight]
 
     def embed(self, node: Node, tokens: Array) -> Array:
         rows: Array = self.weight(node)[tokens]  # (t, dim)
