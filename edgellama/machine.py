@@ -4,9 +4,12 @@ What only Linux tells has a fallback. Knows nothing about models.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgellama import cgroups
+from edgellama.errors import OutOfMemory
 
 
 def usable_cores() -> int:
@@ -38,3 +41,15 @@ def available_memory() -> int | None:
         return None
     limit = cgroups.free_memory()
     return free if limit is None else min(free, limit)
+
+
+@contextmanager
+def room_for(what: str, n_bytes: int, hint: str) -> Iterator[None]:
+    """What is allocated within; OutOfMemory with both numbers where there is no room for it."""
+    try:
+        yield
+    except MemoryError as error:
+        free = available_memory()
+        has = "unknown" if free is None else f"{free / 2**20:,.1f} MiB"
+        problem = f"no room for {what}: {n_bytes / 2**20:,.1f} MiB; available: {has}"
+        raise OutOfMemory(problem, hint=hint) from error

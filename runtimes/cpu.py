@@ -19,6 +19,7 @@ from edgellama.errors import ForkedProcess, ParameterError, require_choice
 from edgellama.fingerprint import fingerprint
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
+from edgellama.machine import room_for
 from edgellama.runtimes import abi, kernel_cache, levels
 from edgellama.runtimes.base import Options
 from edgellama.runtimes.cpu_weights import Weights
@@ -154,7 +155,9 @@ class CpuSession:
     def __init__(self, model: Cpu) -> None:
         self.model = model
         self.position, self.closing = 0, CancelToken()
-        self.cache = aligned(model.cache.total_bytes)
+        hint = "Load the model with a smaller context"
+        with room_for("a session's keys and values", model.cache.total_bytes, hint):
+            self.cache = aligned(model.cache.total_bytes)
         self.cache_kind = f"cpu {model.cache.name}"
         tiles = len(model.programs) > 1  # they round differently
         self.cache_origin = model.level.name + (", tiles" if tiles else "")
@@ -166,7 +169,9 @@ class CpuSession:
         if os.getpid() != model.pid:
             raise ForkedProcess("the model was loaded before this process forked")
         vocab, before, start = model.graph.config.vocab_size, self.position, 0
-        result = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
+        shape = (len(ids) if all_logits else 1, vocab)
+        with room_for("the logits", 4 * shape[0] * vocab, "Ask for those of fewer tokens at once"):
+            result = np.empty(shape, np.float32)
         try:
             while start < len(ids):
                 program = model.program(len(ids) - start)
