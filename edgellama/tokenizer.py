@@ -40,6 +40,8 @@ def tokenizer_from_gguf(
 
     `tokenizer.ggml.model` is "llama" (SentencePiece BPE) or "gpt2" (byte-level BPE); for the
     latter `tokenizer.ggml.pre` names the pre-tokenizer, absent: "default", which is GPT-2's.
+    Special tokens that a "llama" file does not name have SentencePiece's ids: BOS 1, EOS 2,
+    unknown 0.
     Raises UnsupportedModelError for other kinds, TokenizerError for damaged data, Cancelled.
     """
     return Tokenizer(vocab_from_gguf(metadata, path, cancel=cancel))

@@ -22,8 +22,10 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # Control tokens that end a turn or a text, by the names that released models give them.
 END_NAMES = ("</s>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 
-# Where a file is silent: the pre-tokenizers whose texts llama.cpp starts with BOS.
+# Where a file is silent: the pre-tokenizers whose texts llama.cpp starts with BOS; and the ids that
+# SentencePiece and llama.cpp give these tokens, with their types.
 BOS_FIRST = ("llama-bpe", "llama3", "llama-v3")
+USUAL_IDS = {"bos": (1, CONTROL), "eos": (2, CONTROL), "unknown": (0, UNKNOWN)}
 
 LONGEST_TOKEN = 65_536  # characters; 8 times the longest seen would be 1,024
 MOST_SPECIAL = 2**20  # characters of all special tokens together; Llama 3 has 7,000
@@ -142,15 +144,12 @@ def vocab_from_gguf(
     model = _model(keys)
     tokens = _tokens(keys)
     types = _types(keys, len(tokens))
-    keys.look()
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
-    if len(ids) != len(tokens):
-        i = _first_repeated(tokens)
-        raise keys.at("tokens", i, tokens[i], "every token once")
+    ids = _ids(keys, tokens)
     specials = _take_specials(keys, ids, types)
     llama = model == "llama"
     ranks = _scores(keys, tokens, ids) if llama else _merges(keys, ids)
-    pre, bos = _pre(keys), keys.token_id("bos_token_id", len(tokens))
+    pre = _pre(keys)
+    bos, eos, unk = _special_ids(keys, types, llama)
     return Vocab(
         model=model,
         tokens=tokens,
@@ -160,8 +159,8 @@ def vocab_from_gguf(
         ranks=ranks,
         pre=pre,
         bos=bos,
-        eos=_ends(keys, specials, types),
-        unk=keys.token_id("unknown_token_id", len(tokens)),
+        eos=_ends(keys, eos, specials, types),
+        unk=unk,
         add_bos=keys.flag("add_bos_token", llama or pre in BOS_FIRST) and bos is not None,
         add_space_prefix=keys.flag("add_space_prefix", True),
         remove_extra_whitespaces=keys.flag("remove_extra_whitespaces", False),
@@ -205,6 +204,15 @@ def _tokens(keys: _Keys) -> Sequence[str]:
         i = next(i for i, token in enumerate(tokens) if _has_surrogate(token))
         raise keys.at("tokens", i, tokens[i], "valid UTF-8") from None
     return tokens
+
+
+def _ids(keys: _Keys, tokens: Sequence[str]) -> dict[str, int]:
+    keys.look()
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(ids) != len(tokens):
+        i = _first_repeated(tokens)
+        raise keys.at("tokens", i, tokens[i], "every token once")
+    return ids
 
 
 def _has_surrogate(text: str) -> bool:
@@ -281,9 +289,26 @@ def _check_merges(keys: _Keys, merges: Sequence[str], start: int, ids: Mapping[s
         raise keys.at("merges", start + i, merges[i], "two tokens that make a normal token")
 
 
-def _ends(keys: _Keys, specials: Mapping[str, int], types: Sequence[int]) -> tuple[int, ...]:
+def _special_ids(keys: _Keys, types: Sequence[int], llama: bool) -> list[int | None]:
+    """Those of `USUAL_IDS`: the file's, else in SentencePiece's vocabularies the usual ones.
+
+    llama.cpp takes those blindly. A token that the file says is another is none here: models that
+    were trained without BOS have another piece in its place.
+    """
+    ids = [keys.token_id(f"{name}_token_id", len(types)) for name in USUAL_IDS]
+    untyped, named = keys.get("token_type") is None, set(ids)
+    for place, (i, kind) in enumerate(USUAL_IDS.values()):
+        fits = llama and i < len(types) and i not in named and (untyped or types[i] == kind)
+        if ids[place] is None and fits:
+            ids[place] = i
+    return ids
+
+
+def _ends(
+    keys: _Keys, eos: int | None, specials: Mapping[str, int], types: Sequence[int]
+) -> tuple[int, ...]:
     """Ids that end a turn: the file's own keys first, then control tokens known by name."""
-    ids = [keys.token_id(f"{end}_token_id", len(types)) for end in ("eos", "eot", "eom")]
+    ids = [eos, *(keys.token_id(f"{end}_token_id", len(types)) for end in ("eot", "eom"))]
     named = [specials.get(name) for name in END_NAMES]
     ids += [i for i in named if i is not None and types[i] == CONTROL]
     return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -213,7 +213,7 @@ def test_dates() -> None:
 def test_a_vocabulary_without_the_tokens_is_refused() -> None:
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     keys = {"model": "llama", "tokens": names, "scores": [0.0] * len(names)}
-    types = [2, 3, 3, *[6] * 256]
+    types = [2, 1, 3, *[6] * 256]
     metadata = {PREFIX + key: value for key, value in (keys | {"token_type": types}).items()}
     bare = tokenizer_from_gguf(metadata)
     with pytest.raises(ParameterError, match=r"chatml needs the token '<\|im_start\|>'"):

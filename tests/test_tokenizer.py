@@ -83,7 +83,8 @@ def test_no_token_for_a_character() -> None:
     tokenizer = tokenizer_from_gguf(llama(**few, **end))
     assert tokenizer.encode("axya") == [1, 2, 0, 2]
     assert tokenizer.decode([1, 2, 0, 2]) == "a \u2047 a"
-    tokenizer = tokenizer_from_gguf(llama(**few, **end, unknown_token_id=None))
+    known = few | {"token_type": [1, 1, 1], "unknown_token_id": None}
+    tokenizer = tokenizer_from_gguf(llama(**known, **end))
     with pytest.raises(TokenizerError, match="'x'"):
         tokenizer.encode("ax")
     one = {"tokens": ["a"], "scores": [0.0], "token_type": [1], "unknown_token_id": None}
