@@ -97,15 +97,10 @@ def _packed(
     if not nested:
         return _Packed(weight, shape, block, absmax, values)
     nested_block = _number(described, "nested_blocksize", name, path)
-    offset = described.get("nested_offset")
-    if type(offset) not in (int, float) or not -LARGEST_OFFSET <= offset <= LARGEST_OFFSET:
-        problem = f"nested_offset is {_kind(offset)}; expected a number that float32 holds"
-        raise _refuse(path, name, problem, "nested_offset")
+    offset = _offset(described, name, path)
     scales = _small(tensors, name, "nested_absmax", -(-blocks // nested_block), path)
     levels = _small(tensors, name, "nested_quant_map", 256, path)
-    return _Packed(
-        weight, shape, block, absmax, values, nested_block, scales, levels, float(offset)
-    )
+    return _Packed(weight, shape, block, absmax, values, nested_block, scales, levels, offset)
 
 
 def _state(state: Tensor, name: str, quant_type: str, path: Path) -> dict[str, Any]:
@@ -135,6 +130,15 @@ def _number(described: dict[str, Any], field: str, name: str, path: Path) -> int
         problem = f"{field} = {_kind(value)}; allowed: a power of two, 16..{2**20}"
         raise _refuse(path, name, problem, field)
     return value
+
+
+def _offset(described: dict[str, Any], name: str, path: Path) -> float:
+    value: Any = described.get("nested_offset")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not -LARGEST_OFFSET <= value <= LARGEST_OFFSET:
+        problem = f"nested_offset is {_kind(value)}; expected a number that float32 holds"
+        raise _refuse(path, name, problem, "nested_offset")
+    return float(value)
 
 
 def _kind(value: object) -> str:

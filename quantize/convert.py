@@ -169,8 +169,8 @@ def prepared(
     full = type_name(type)
     if onnx_target.is_onnx(Path(output)):
         onnx_target.check_type(full)
-    named = isinstance(importance, (str, os.PathLike))
-    check_output(Path(source), Path(output), Path(importance) if named else None)
+    matrix = Path(importance) if isinstance(importance, (str, os.PathLike)) else None
+    check_output(Path(source), Path(output), matrix)
     with open_source(source) as opened:
         weights = _importance(importance, opened)
         planned = plan(opened, type, strict, importance=weighted or weights is not None)
