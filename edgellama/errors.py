@@ -6,6 +6,7 @@ exit status, an embedding app catches them. `assert` is for our own bugs, never 
 
 from array import array
 from collections.abc import Iterable
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -161,14 +162,25 @@ class NonFiniteError(EdgeLlamaError):
     """A NaN or an infinity where only finite numbers make sense: in weights or in logits."""
 
 
+def as_integer(value: object) -> int | None:
+    """The integer that a value is, one of NumPy's too; None for anything else, and for bools."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)  # type: ignore[arg-type]  # what it is, is asked here
+    except TypeError:
+        return None
+
+
 def require_integer(name: str, value: object, low: int, high: int) -> int:
     """`value` if it is an integer in low..high, else ParameterError naming the parameter."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    whole = as_integer(value)
+    if whole is None or not low <= whole <= high:
         allowed = f"an integer {low}..{high}"
         raise ParameterError(
             f"{name} = {shown(value)}; allowed: {allowed}", field=name, value=value, allowed=allowed
         )
-    return value
+    return whole
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> str:

@@ -160,21 +160,19 @@ class Model:
         own = self._own(session, cancel)
         if isinstance(prompt, str):
             try:
-                ids = self.tokenizer.encode(
+                prompt = self.tokenizer.encode(
                     prompt, special=special, bos=self.tokenizer.add_bos, cancel=cancel
                 )
             except Cancelled:
                 return _cancelled()
-        elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray):
-            ids = prompt
-        else:
+        elif not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
             raise ParameterError(
                 f"prompt is {type(prompt).__name__}; expected text or token ids",
                 field="prompt",
                 value=shown(prompt),
                 allowed="a str or a sequence of ids",
             )
-        return own.generate(ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel)
+        return own.generate(prompt, params, max_tokens=max_tokens, stop=stop, cancel=cancel)
 
     def chat(
         self,

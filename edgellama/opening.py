@@ -213,7 +213,7 @@ def _threads(threads: int | None) -> int:
 def _context(wanted: int | None, config: ModelConfig, file: GGUF, kv_type: str) -> int:
     """Tokens a session will hold. Refuses a model or a context that memory cannot hold."""
     if wanted is not None:
-        require_integer("context", wanted, 1, config.context_length)
+        wanted = require_integer("context", wanted, 1, config.context_length)
     weights = sum(info.n_bytes for info in file.tensors.values())
     numbers = 2 * config.n_layers * config.kv_dim  # a token's keys and values
     per_token = {"f32": numbers * 4, "q8_0": numbers * 34 // 32}.get(kv_type, numbers * 2)

@@ -6,11 +6,11 @@ Knows nothing about logits or models; `sampler.py` follows these settings.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from edgellama.config import MOST_CONTEXT, MOST_VOCAB
-from edgellama.errors import ParameterError, shown
+from edgellama.errors import ParameterError, as_integer, shown
 
 MOST_BIAS = 1e6
 LARGEST_SEED = 2**64 - 1
@@ -187,10 +187,10 @@ def _number(name: str, value: Any, low: float, high: float, above: object = None
 
 def checked_integer(name: str, value: Any, low: int, high: int) -> int:
     allowed = f"an integer {low}..{high}"
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not low <= int(value) <= high:
+    whole = as_integer(value)
+    if whole is None or not low <= whole <= high:
         raise refused(name, value, allowed)
-    return int(value)
+    return whole
 
 
 def _bias(bias: Any) -> dict[int, float]:

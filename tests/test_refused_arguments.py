@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import write_tiny
 
@@ -57,3 +58,42 @@ def test_a_refused_reply_leaves_the_cache(
             call(model, session, **options)
         assert caught.value.field == field
         assert session.ids == (1, 5, 6, 7, 8)
+
+
+ODD_IDS = [
+    np.array([[1, 2]]),
+    np.array([[1], [2]]),
+    np.zeros((0, 3), np.int64),
+    np.array(3),
+    np.array([1.0]),
+    np.array([True]),
+    None,
+    5,
+    b"ab",
+    [np.array([1])],
+    [10**30],
+]
+
+
+@pytest.mark.parametrize("ids", ODD_IDS)
+def test_ids_are_one_row_of_integers(model: Model, ids: Any) -> None:
+    with model.session() as session:
+        for call in (session.forward, session.generate, model.generate):
+            with pytest.raises(ParameterError) as caught:
+                call(ids)
+            assert caught.value.field == ("prompt" if "prompt" in str(caught.value) else "ids")
+        assert session.position == 0
+
+
+def test_integers_of_numpy_do_as_well(path: Path) -> None:
+    eight: Any = np.int64(8)
+    with edgellama.load(path, context=eight, threads=np.uint8(1)) as model:
+        assert model.info.context == 8 and type(model.info.context) is int
+        session = model.session()
+        session.forward([1, 5, 6])
+        session.truncate(np.int32(2))
+        assert session.ids == (1, 5)
+        last = list(model.generate([1], max_tokens=np.int16(1)))[-1]
+        assert last.usage is not None and last.usage.completion_tokens == 1
+        with pytest.raises(ParameterError, match=r"n = 9; allowed: an integer 0\.\.2"):
+            session.truncate(np.int64(9))
