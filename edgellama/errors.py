@@ -55,7 +55,7 @@ class EdgeLlamaError(Exception):
     ) -> None:
         self.problem, self.path, self.where = problem, path, where
         self.field, self.value, self.allowed, self.hint = field, value, allowed, hint
-        place = [Path(path).name] if path is not None else []
+        place = [Path(path).name or str(path)] if path is not None else []  # "." has no name
         place += [where] if where else []
         text = ": ".join([*place, problem])
         super().__init__(f"{text}. {hint}" if hint else text)

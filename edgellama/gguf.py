@@ -16,6 +16,7 @@ from typing import Self
 
 from edgellama.control import CancelToken
 from edgellama.errors import ModelFormatError, shown
+from edgellama.folders import not_a_model
 from edgellama.gguf_parts import Part, TensorInfo, Value, parse_part
 from edgellama.paths import absolute
 from edgellama.regular_file import open_regular, unreadable
@@ -107,7 +108,9 @@ def open_gguf(path: "str | os.PathLike[str]", *, cancel: CancelToken | None = No
 
 
 def _open(path: Path) -> FileIO:
-    return open_regular(path, wanted="a GGUF file", hint="Give the .gguf file in it")
+    if os.path.isdir(path):
+        raise not_a_model(path)
+    return open_regular(path, wanted="a GGUF file")
 
 
 def _parse(file: FileIO, path: Path, index: int, cancel: CancelToken | None) -> Part:

@@ -72,9 +72,11 @@ def told_as_output(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, EdgeLlamaError):
             raise
-        raise OutputError(
-            f"cannot be written: {error.strerror or error}", path=path, hint="Nothing was changed"
-        ) from error
+        reason = error.strerror or error
+        if isinstance(error, FileNotFoundError) and not Path(path).parent.is_dir():
+            reason = f"there is no folder {Path(path).parent}"
+        hint = "Nothing was changed"
+        raise OutputError(f"cannot be written: {reason}", path=path, hint=hint) from error
 
 
 def _target(path: Path) -> Path:

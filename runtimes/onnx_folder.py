@@ -24,6 +24,7 @@ from edgellama.errors import (
     UnsupportedModelError,
     shown,
 )
+from edgellama.folders import not_a_model
 from edgellama.ggml import BY_NAME, FLOATS, RUNNABLE
 from edgellama.gguf import GGUF, TensorInfo, open_gguf
 from edgellama.graph import Graph, decoder
@@ -77,8 +78,8 @@ def open_folder(
     """Check a folder and open its metadata.
 
     Raises UnsupportedModelError for what edgellama did not write or another release wrote,
-    UnsafeModelError for links and for data outside the folder, ModelFormatError or
-    ModelConfigError for damage, Cancelled.
+    UnsafeModelError for links and for data outside the folder, ModelFormatError for a folder
+    without an ONNX model, that or ModelConfigError for damage, Cancelled.
     """
     _refuse_foreign(path)
     manifest = _manifest(path)
@@ -110,6 +111,8 @@ def _fingerprint(file: GGUF, config: ModelConfig, manifest: dict[str, Any]) -> b
 def _refuse_foreign(path: Path) -> None:
     if path.is_dir() and (path / MANIFEST).exists():
         return
+    if path.is_dir() and not any(path.glob("*.onnx")):
+        raise not_a_model(path)
     problem = "an ONNX model that edgellama did not write cannot be run"
     hint = "Convert the original: edgellama quantize CHECKPOINT OUTPUT.onnx --type Q4_0"
     if not path.is_dir() and (path.parent / MANIFEST).exists():

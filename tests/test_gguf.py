@@ -190,7 +190,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_folder_is_named_as_such(tmp_path: Path) -> None:
-    assert "this is a folder" in str(refusal(tmp_path))
+    assert "this is an empty folder" in str(refusal(tmp_path))
 
 
 def test_impossible_name() -> None:

@@ -39,6 +39,44 @@ def test_a_file_that_is_no_gguf_is_not_called_one(
     assert "it is no checkpoint. Give a safetensors" in said
 
 
+def test_a_folder_is_told_by_what_it_holds(tmp_path: Path, capsys: Capture) -> None:
+    empty, checkpoint, full = (tmp_path / name for name in ("empty", "my model", "full"))
+    for folder in (empty, checkpoint, full):
+        folder.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").touch()
+    (full / "readme.txt").touch()
+    words = f"edgellama quantize '{checkpoint}' OUTPUT.gguf --type"
+    for command in (["run", "hi"], ["info"], ["estimate"], ["verify"]):
+        told = {
+            folder: refused(capsys, command[0], folder, *command[1:])
+            for folder in (empty, checkpoint, full)
+        }
+        assert "empty: this is an empty folder. Give a .gguf file" in told[empty]
+        assert "the folder of a checkpoint" in told[checkpoint] and words in told[checkpoint]
+        assert "this is a folder without a model" in told[full]
+        assert "did not write" not in "".join(told.values())
+    (full / "b.gguf").touch()
+    for command in (["run", "hi"], ["estimate"]):
+        assert "file in it, b.gguf" in refused(capsys, command[0], full, *command[1:])
+
+
+def test_a_folder_without_a_name_is_shown_as_given(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(edgellama.EdgeLlamaError("is odd", path=".")) == ".: is odd"
+    assert f"{tmp_path.name}: this is an empty folder" in refused(capsys, "run", ".", "hi")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path, capsys: Capture) -> None:
+    source = write_tiny(tmp_path / "a.gguf")
+    for name in ("b.gguf", "b.onnx"):
+        output = tmp_path / "nodir" / name
+        said = refused(capsys, "quantize", source, output, "--type", "Q8_0", "--quiet")
+        assert f"there is no folder {str(tmp_path / 'nodir')!r}. Nothing was changed" in said
+
+
 # --- devices --------------------------------------------------------------------------------------
 
 
