@@ -353,7 +353,9 @@ def main() -> NoReturn:
     prepare_streams()
     for name in ("SIGTERM", "SIGHUP"):
         with contextlib.suppress(AttributeError, ValueError):  # not on every platform or thread
-            signal.signal(getattr(signal, name), _terminated)
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _terminated)
     status = run(sys.argv[1:])
     if still_working():  # a thread inside compiled code must not see the interpreter go away
         sys.stderr.flush()
