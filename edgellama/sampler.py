@@ -112,6 +112,7 @@ class Sampler:
         drawn = not self.sampling.greedy and not self.sampling.mirostat
         return self.sampling.does(step) and (drawn or step not in CUTS)
 
+    @np.errstate(all="ignore")  # of the host's settings, some would raise; what is odd, we test
     def sample(self, logits: Floats, recent: Sequence[int], position: int) -> tuple[int, float]:
         """One token, and the natural logarithm of its probability under the raw logits.
 
@@ -137,6 +138,7 @@ class Sampler:
         cut = {"min_p": True, "top_k": given.top_k < count}
         return bool(self._steps) and cut.get(self._steps[0], False)
 
+    @np.errstate(all="ignore")
     def sample_few(
         self, few: Likeliest, recent: Sequence[int], position: int
     ) -> tuple[int, float] | None:
@@ -223,6 +225,7 @@ def newest(recent: Sequence[int], count: int) -> list[int]:
     return list(islice(reversed(recent), count))
 
 
+@np.errstate(all="ignore")  # logits further apart than float32 reaches: -inf, weight 0
 def normalizer(logits: Floats) -> tuple[float, float]:
     """The largest logit, and the log of the sum of exp(logit - largest); their sum normalizes.
 
@@ -239,6 +242,5 @@ def normalizer(logits: Floats) -> tuple[float, float]:
             value=float(logits[at]),
             hint="The weights are damaged or the model overflows in this precision",
         )
-    with np.errstate(over="ignore"):  # further apart than float32 reaches: -inf, weight 0
-        shifted = np.exp(logits - logits.dtype.type(largest))
+    shifted = np.exp(logits - logits.dtype.type(largest))
     return largest, math.log(float(shifted.sum()))
