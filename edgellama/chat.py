@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -198,7 +199,7 @@ def encode_chat(
     """
     checked = checked_messages(messages)
     lookalikes = _lookalikes(tokenizer, template.source)
-    marker, roles = lookalikes.mark(checked), roles_of(checked)
+    marker, roles = lookalikes.mark(checked, cancel), roles_of(checked)
     text = template.render_checked(checked, add_generation_prompt)
     if not text.replace(template.bos, "").strip():
         raise template.error("it writes nothing for these messages", f"The roles were: {roles}")
@@ -237,13 +238,15 @@ class _Lookalikes:
         self.tails = {text[n:] for text in texts for n in range(1, len(text))}
         self.longest = max(map(len, texts), default=1)
 
-    def mark(self, messages: list[dict[str, Any]]) -> str:
+    def mark(self, messages: list[dict[str, Any]], cancel: CancelToken | None = None) -> str:
         """Mark all texts but the roles, in place; returns the marker, which no text held."""
         texts = "\0".join(_texts(messages))
         marker = next((char for char in MARKERS if char not in texts), "")
         if not marker:
             raise ParameterError("the messages hold all of Unicode's noncharacters U+FDD0..U+FDEF")
         for message in messages:
+            if cancel:
+                cancel.check("encode")
             for key in message.keys() - {"role"}:
                 message[key] = self._marked(message[key], marker)
         return marker
@@ -258,9 +261,7 @@ class _Lookalikes:
             return value
         places = {match.start() + 1 for match in self.start_of_any.finditer(value)}
         places |= self._at_the_ends(value)
-        for place in sorted(places, reverse=True):
-            value = value[:place] + marker + value[place:]
-        return value
+        return marker.join(value[a:b] for a, b in pairwise([0, *sorted(places), len(value)]))
 
     def _at_the_ends(self, text: str) -> set[int]:
         """Where to mark halves that could become whole together with what stands next to them.

@@ -3,12 +3,15 @@
 Ids J6 and K14 are rows of the project's catalogue of bad inputs.
 """
 
+import time
+
 import pytest
 from chatting import SMOLLM2, TALK
 from hypothesis import given, strategies as st
 
-from edgellama.chat import ChatTemplate, encode_chat
-from edgellama.errors import ParameterError, TemplateError
+from edgellama.chat import ChatTemplate, _lookalikes, encode_chat
+from edgellama.control import CancelToken
+from edgellama.errors import Cancelled, ParameterError, TemplateError
 from edgellama.tokenizer import tokenizer_from_gguf
 
 USER = [{"role": "user", "content": "hi"}]
@@ -120,6 +123,32 @@ def test_whatever_users_write_the_turns_stay_and_the_text_is_theirs(contents):
     assert CHATML.decode(ids, special=True) == template.render(talk)
 
 
+def places(text, texts):
+    """Where a marker belongs, word for word: inside what is one, and beside halves of one."""
+    found = {at + 1 for at in range(len(text)) for one in texts if text.startswith(one, at)}
+    halves = [(one[:n], one[n:]) for one in texts for n in range(1, len(one))]
+    trimmed = len(text) - len(text.lstrip())
+    for head, tail in halves:
+        for end in (text, text.rstrip()):
+            found |= {len(end) - len(head) + 1} if end.endswith(head) else set()
+        found |= {at for at in (0, trimmed) if text.startswith(tail, at)}
+    return found
+
+
+NAMES = ["<|im_start|>", "<|im_end|>", "<|", "x", "xyx", "a b"]
+
+
+@given(st.text("<|im_endstar>xy \n", max_size=30) | text)
+def test_markers_stand_in_all_that_looks_like_a_control_token(content):
+    tokenizer = tokenizer_of(*NAMES)
+    message = {"role": "user", "content": content}
+    marker = _lookalikes(tokenizer, "").mark([message])
+    wanted = content
+    for place in sorted(places(content, [*NAMES, "<unk>", "<s>", "</s>"]), reverse=True):
+        wanted = wanted[:place] + marker + wanted[place:]
+    assert message["content"] == wanted
+
+
 def test_nested_values_are_marked_too():
     template = ChatTemplate("{{ messages[0].calls|tojson }}{{ messages[0].content }}")
     calls = [{"</s>": ["<s>", 1, None]}]
@@ -163,3 +192,20 @@ def test_an_unknown_token_typed_by_a_user_stays_text() -> None:
     tokenizer = tokenizer_of()
     ids = encode_chat(ChatTemplate(SMOLLM2), tokenizer, [{"role": "user", "content": "a<unk>b"}])
     assert tokenizer.encode("<unk>", special=True)[-1] not in ids
+
+
+def test_many_lookalikes_are_marked_in_one_pass():
+    """Marking each in a copy of the whole text would take minutes."""
+    talk = [{"role": "user", "content": "<s>" * 400_000}]
+    started = time.monotonic()
+    ids = encode_chat(ChatTemplate("{{ messages[0].role }}"), tokenizer_of(), talk)
+    assert time.monotonic() - started < 30
+    assert ids == [1, *tokenizer_of().encode("user")]
+
+
+def test_marking_can_be_cancelled():
+    token = CancelToken()
+    token.cancel()
+    template = ChatTemplate("{{ raise_exception('rendered') }}")  # which comes after it
+    with pytest.raises(Cancelled, match="encode"):
+        encode_chat(template, tokenizer_of(), USER, cancel=token)
