@@ -59,9 +59,11 @@ class AsyncChunks(AsyncIterator[Chunk]):
         """End the reply, and wait for the step that is under way; twice is harmless."""
         self._over = True
         self._cancel.cancel()
-        if self._step is not None:
-            await asyncio.wait({self._step})
-            self._step.exception()  # whatever became of it, nobody needs it now
+        step = self._step
+        if step is not None:
+            if not step.done():  # one that is may be of a loop that has ended
+                await asyncio.wait({step})
+            step.exception()  # whatever became of it, nobody needs it now
         if isinstance(self._chunks, Generator):
             self._chunks.close()
 

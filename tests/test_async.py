@@ -150,6 +150,25 @@ def test_closing_ends_a_step_of_another_task(model: Model) -> None:
     assert session.position == 0 or session.position >= LONG
 
 
+@pytest.mark.parametrize("last", ["a chunk", "an error"])
+def test_closing_after_the_loop_has_ended(model: Model, last: str) -> None:
+    """The step was over then; whoever cleans up later may do so in a loop of its own."""
+    params: Any = ENDLESS if last == "a chunk" else 5
+    reply = model.agenerate([5, 6], params)
+
+    async def step() -> None:
+        if last == "a chunk":
+            assert (await anext(reply)).finish_reason is None
+        else:
+            with pytest.raises(ParameterError):
+                await anext(reply)
+
+    run(step())
+    for _ in range(2):
+        run(reply.aclose())
+    assert run(all_of(reply)) == []
+
+
 def test_the_caller_s_token_ends_the_reply_with_a_last_chunk(model: Model) -> None:
     token = CancelToken()
     threading.Timer(0.1, token.cancel).start()
