@@ -18,7 +18,7 @@ import typer
 import edgellama
 from edgellama.cli import options, upkeep
 from edgellama.cli.background import still_working
-from edgellama.cli.sampling import with_sampling
+from edgellama.cli.sampling import check_effect, with_sampling
 from edgellama.cli.terminal import (
     ReaderGone,
     Terminal,
@@ -126,8 +126,10 @@ def _run(
     if own:  # what is asked on the command line comes before what the environment asks
         file = file if "file" in own else None
         infill = infill if "infill" in own else None
+    _check_together(ctx, file, infill)
+    wording.params()  # complains, before anything else is looked at
+    check_effect(ctx)
     if infill is not None:
-        _check_infill(ctx)
         from edgellama.cli.infill import run_infill
 
         run_infill(ctx.obj, model, infill, suffix_first=suffix_first, how=how, wording=wording)
@@ -139,11 +141,18 @@ def _run(
         run_prompts(ctx.obj, model, prompts_of(ctx.obj, file, separator), manner)
 
 
-def _check_infill(ctx: typer.Context) -> None:
+def _check_together(
+    ctx: typer.Context, file: Path | None, infill: tuple[Path, Path] | None
+) -> None:
+    """Refuse what was typed and would have no effect."""
     unfit = ("prompt", "file", "raw", "system", "template")
-    if any(options.typed(ctx, name) for name in unfit):
+    if infill is not None and any(options.typed(ctx, name) for name in unfit):
         problem = "--infill takes two files, and no prompt, --file, --raw, --system, --template"
         raise ParameterError(problem)
+    if options.typed(ctx, "separator") and (file is None or infill is not None):
+        raise ParameterError("--separator is for --file", field="separator")
+    if options.typed(ctx, "suffix_first") and infill is None:
+        raise ParameterError("--suffix-first is for --infill", field="suffix_first")
 
 
 @app.command()
@@ -295,6 +304,9 @@ def diff(
     """Name the first value of the decoder graph where two runtimes, or two files, part."""
     from edgellama.cli.diff import Choices, show_difference
 
+    if options.typed(ctx, "accuracy") and not {a, b} & {"onnx", "onnx:cpu"}:
+        problem = "--accuracy is for onnx on the CPU, which neither --a nor --b is"
+        raise ParameterError(problem, field="accuracy")
     show_difference(ctx.obj, file, other, Choices(a, b, text, tolerance, accuracy, threads))
 
 

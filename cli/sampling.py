@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
+import typer
+
 from edgellama.cli import options
 from edgellama.errors import ParameterError, shown
 
@@ -36,6 +38,11 @@ SAMPLING: dict[str, Any] = {  # field of Sampling -> its option, in the order of
     "logit_bias": options.LogitBias,
     "order": options.Order,
     "seed": options.Seed,
+}
+NEEDS = {  # what means nothing unless the other one is given
+    **dict.fromkeys(("mirostat_tau", "mirostat_eta", "mirostat_mu"), "mirostat"),
+    **dict.fromkeys(("dry_base", "dry_allowed_length", "dry_window"), "dry_multiplier"),
+    **{"dry_breakers": "dry_multiplier", "xtc_threshold": "xtc_probability"},
 }
 
 
@@ -70,7 +77,24 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     if "order" in given:
         steps = (step.strip() for step in given["order"].split(","))
         given["order"] = tuple(step for step in steps if step)
+        if not given["order"]:
+            problem = "--order names no step"
+            raise ParameterError(problem, field="order", hint="Without it, all are taken")
     return given
+
+
+def check_effect(ctx: typer.Context) -> None:
+    """Raises ParameterError for what was typed and has no effect without another option.
+
+    Not for a chat, in which the other one may still be set.
+    """
+    for name, needed in NEEDS.items():
+        if options.typed(ctx, name) and ctx.params[needed] is None:
+            raise ParameterError(f"{_option(name)} is for {_option(needed)}", field=name)
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-").replace("breakers", "breaker")
 
 
 def bias(text: str, what: str) -> tuple[int, float]:

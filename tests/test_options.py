@@ -192,3 +192,37 @@ def test_a_wrong_twin_is_told_too(
     monkeypatch.setenv("EDGELLAMA_RUNTIME", "onx")
     assert run(["run", "nowhere.gguf", "hi"]) == 2
     assert "Did you mean onnx?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "hi", "--separator", "---"), "--separator is for --file"),
+        (("run", "--infill", "a", "b", "--separator", "---"), "--separator is for --file"),
+        (("run", "hi", "--suffix-first"), "--suffix-first is for --infill"),
+        (("run", "--file", "a", "--suffix-first"), "--suffix-first is for --infill"),
+        (("run", "hi", "--mirostat-tau", "4"), "--mirostat-tau is for --mirostat"),
+        (("run", "hi", "--mirostat-mu", "4"), "--mirostat-mu is for --mirostat"),
+        (("run", "hi", "--dry-base", "2"), "--dry-base is for --dry-multiplier"),
+        (("run", "hi", "--dry-breaker", "."), "--dry-breaker is for --dry-multiplier"),
+        (("run", "hi", "--xtc-threshold", "0.2"), "--xtc-threshold is for --xtc-probability"),
+        (("run", "hi", "--order", ""), "--order names no step"),
+        (("chat", "--order", " , "), "--order names no step"),
+        (("diff", "--b", "reference", "--accuracy", "4"), "--accuracy is for onnx on the CPU"),
+        (("diff", "--b", "onnx:cuda", "--accuracy", "4"), "--accuracy is for onnx on the CPU"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([arguments[0], "nowhere.gguf", *arguments[1:]]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1
+
+
+def test_what_has_an_effect_or_is_no_more_than_a_habit_is_not(asked: Any) -> None:
+    plain = asked("the cat")
+    habits = {"MIROSTAT_TAU": "4", "DRY_BASE": "2", "SEPARATOR": "---", "SUFFIX_FIRST": "1"}
+    assert asked("the cat", **habits) == plain
+    assert asked("the cat", "--mirostat-tau", "4", MIROSTAT="2")["text"] == plain["text"]
+    assert asked("the cat", "--dry-multiplier", "0", "--dry-base", "2") == plain
