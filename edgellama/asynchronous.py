@@ -5,7 +5,7 @@ Knows nothing about models; `model.py` says what is iterated over.
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Self
 
 from edgellama.control import CancelToken
@@ -22,12 +22,14 @@ class AsyncChunks(AsyncIterator[Chunk]):
     """
 
     def __init__(
-        self, start: Callable[[CancelToken], Iterator[Chunk]], cancel: CancelToken | None = None
+        self,
+        start: Callable[[CancelToken], Generator[Chunk, None, None]],
+        cancel: CancelToken | None = None,
     ) -> None:
         """`start` is called once, in a worker thread, with a token that `cancel` sets too."""
         self._start = start
         self._cancel = CancelToken() if cancel is None else cancel.linked()
-        self._chunks: Iterator[Chunk] | None = None
+        self._chunks: Generator[Chunk, None, None] | None = None
         self._step: asyncio.Future[Chunk | None] | None = None
         self._over = False
 
@@ -64,7 +66,7 @@ class AsyncChunks(AsyncIterator[Chunk]):
             if not step.done():  # one that is may be of a loop that has ended
                 await asyncio.wait({step})
             step.exception()  # whatever became of it, nobody needs it now
-        if isinstance(self._chunks, Generator):
+        if self._chunks is not None:
             self._chunks.close()
 
     async def __aenter__(self) -> Self:

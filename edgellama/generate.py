@@ -5,7 +5,7 @@ care of those. Draws are made by `sampler.py`, stop strings found by `stop.py`.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -19,8 +19,12 @@ from edgellama.sampling import Sampling, checked_integer
 from edgellama.stop import StopMatcher, checked_stops
 
 if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
     import numpy as np
     from numpy.typing import NDArray
+
+    Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
 FinishReason = Literal["stop", "length", "cancelled", "context"]
 Found = TypeVar("Found")
@@ -77,6 +81,7 @@ class Usage:
     dropped_messages: tuple[int, ...] = ()  # the places of those left out, counted from 0
     seed: int | None = None  # repeats the reply
     mirostat_mu: float | None = None  # with mirostat: its state, from which a next reply goes on
+    stop_text: str | None = None  # the stop string that ended the reply, if one did
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,11 @@ class Chunk:
     logprob: float | None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+
+
+def cancelled(usage: Usage | None = None) -> Generator[Chunk, None, None]:
+    """A reply that ended before it began; without `usage`, before its prompt was known."""
+    yield Chunk("", None, None, "cancelled", usage or Usage(0, 0, 0, 0.0, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +148,7 @@ def generate(
     dropped_messages: Sequence[int] = (),
     continuing: bool = True,
     ends: Sequence[int] = (),
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Append `ids` to the session and sample a reply; arguments are checked at once.
 
     `context` is how many tokens the session holds, prompt and reply together; `history` the ids
@@ -187,7 +197,7 @@ def replied(
     dropped_messages: Sequence[int] = (),
     continuing: bool = True,
     ends: Sequence[int] = (),
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """`generate` for arguments that are checked already, by `checked_wishes` and by the caller."""
     sampler, stops = wishes.sampler, StopMatcher(wishes.stops)
     stream = tokenizer.stream(continuing=continuing)
@@ -226,7 +236,7 @@ class _Reply:
         self.prefill_seconds = self.decode_seconds = 0.0
         self.dropped_messages: tuple[int, ...] = ()
 
-    def chunks(self, ids: list[int], limit: int, context: int) -> Iterator[Chunk]:
+    def chunks(self, ids: list[int], limit: int, context: int) -> Generator[Chunk, None, None]:
         _check_room(self.session, len(ids), context)  # again: time may have passed
         self.reused_tokens = self.session.position
         self.prompt_tokens = self.reused_tokens + len(ids)
@@ -328,4 +338,5 @@ class _Reply:
             dropped_messages=self.dropped_messages,
             seed=self.sampler.seed,
             mirostat_mu=self.sampler.mu,
+            stop_text=self.stops.found,
         )

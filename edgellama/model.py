@@ -5,7 +5,7 @@ Knows nothing about operators, formats of weights or terminals.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, Unpack
@@ -15,7 +15,7 @@ from edgellama.control import CancelToken, require_token
 from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError, shown
 from edgellama.formats import ChatFormat
 from edgellama.formats_named import chosen_template
-from edgellama.generate import Chunk, Usage
+from edgellama.generate import Chunk, cancelled
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.infill import infill_ids, infill_tokens
@@ -28,6 +28,7 @@ from edgellama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgellama.asynchronous import AsyncChunks
+    from edgellama.generate import Ids
 
 
 # What every model.device has, also where a runtime says nothing of it.
@@ -141,7 +142,7 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: "str | Ids",
         params: Sampling | None = None,
         *,
         max_tokens: int | None = None,
@@ -149,7 +150,7 @@ class Model:
         session: Session | None = None,
         cancel: CancelToken | None = None,
         special: bool = False,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Continue a prompt; one Chunk a token.
 
         A string gets BOS iff the file says so, and its look-alikes of special tokens stay text
@@ -164,7 +165,7 @@ class Model:
                     prompt, special=special, bos=self.tokenizer.add_bos, cancel=cancel
                 )
             except Cancelled:
-                return _cancelled()
+                return cancelled()
         elif not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray):
             raise ParameterError(
                 f"prompt is {type(prompt).__name__}; expected text or token ids",
@@ -185,7 +186,7 @@ class Model:
         stop: Sequence[str] = (),
         session: Session | None = None,
         cancel: CancelToken | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Answer the last message of a conversation; one Chunk a token.
 
         messages: dicts with `role` and `content`. template, instead of the file's: the name of a
@@ -201,7 +202,7 @@ class Model:
                 messages, template=chosen, overflow=overflow, max_tokens=max_tokens, cancel=cancel
             )
         except Cancelled:
-            return _cancelled()
+            return cancelled()
         return own.generate(
             fitting.ids,
             params,
@@ -318,7 +319,7 @@ class Model:
         stop: Sequence[str] = (),
         session: Session | None = None,
         cancel: CancelToken | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """`infill` as it comes, one Chunk a token; the last one says why it ended."""
         tokens, own = self._infill_tokens, self._own(session, cancel)
         try:
@@ -332,7 +333,7 @@ class Model:
                 cancel=cancel,
             )
         except Cancelled:
-            return _cancelled()
+            return cancelled()
         assert tokens is not None
         return own.generate(
             ids, params, max_tokens=max_tokens, stop=stop, cancel=cancel, ends=[tokens.end]
@@ -340,7 +341,7 @@ class Model:
 
     def agenerate(
         self,
-        prompt: str | Sequence[int],
+        prompt: "str | Ids",
         params: Sampling | None = None,
         **options: "Unpack[GenerateOptions]",
     ) -> "AsyncChunks":
@@ -350,7 +351,7 @@ class Model:
         """
         from edgellama.asynchronous import AsyncChunks
 
-        def start(cancel: CancelToken) -> Iterator[Chunk]:
+        def start(cancel: CancelToken) -> Generator[Chunk, None, None]:
             options["cancel"] = cancel
             return self.generate(prompt, params, **options)
 
@@ -365,16 +366,11 @@ class Model:
         """`chat` for asyncio, with its options; see `agenerate`."""
         from edgellama.asynchronous import AsyncChunks
 
-        def start(cancel: CancelToken) -> Iterator[Chunk]:
+        def start(cancel: CancelToken) -> Generator[Chunk, None, None]:
             options["cancel"] = cancel
             return self.chat(messages, params, **options)
 
         return AsyncChunks(start, options.get("cancel"))
-
-
-def _cancelled() -> Iterator[Chunk]:
-    """A reply that ended before its prompt was known."""
-    return iter([Chunk("", None, None, "cancelled", Usage(0, 0, 0, 0.0, 0.0))])
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -4,7 +4,7 @@ Knows nothing about chat messages or files; see `model.py` for both.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
@@ -19,7 +19,7 @@ from edgellama.errors import (
     require_integer,
     shown,
 )
-from edgellama.generate import Chunk, Usage, checked_wishes, replied
+from edgellama.generate import Chunk, Usage, cancelled, checked_wishes, replied
 from edgellama.reuse import as_cached, shared_length
 from edgellama.runtimes.base import (
     ChoosingSession,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgellama.generate import Ids
     from edgellama.model import Model
 
 Found = TypeVar("Found")
@@ -71,7 +72,7 @@ class Session:
 
     def forward(
         self,
-        ids: Sequence[int],
+        ids: "Ids",
         *,
         all_logits: bool = False,
         cancel: CancelToken | None = None,
@@ -121,7 +122,7 @@ class Session:
             raise ForkedProcess("the model was loaded before this process forked; load it here")
         return self._runtime_session
 
-    def _check(self, ids: Sequence[int]) -> list[int]:
+    def _check(self, ids: "Ids") -> list[int]:
         return _checked_ids(ids, self._model.config.vocab_size)
 
     def truncate(self, n: int) -> None:
@@ -136,7 +137,7 @@ class Session:
 
     def generate(
         self,
-        ids: Sequence[int],
+        ids: "Ids",
         params: Sampling | None = None,
         *,
         max_tokens: int | None = None,
@@ -147,7 +148,7 @@ class Session:
         same_text: bool = False,
         dropped: int = 0,
         dropped_messages: Sequence[int] = (),
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Continue a whole prompt of ids; what the cache already holds of it is not recomputed.
 
         continuing=False starts a text of its own, as a chat's reply is; `ends` are ids that end
@@ -167,7 +168,7 @@ class Session:
             history, rest, reading = self._begin(checked, same_text, cancel)
         except Cancelled:
             usage = Usage(need, 0, 0, 0.0, 0.0, dropped, tuple(dropped_messages))
-            return iter([Chunk("", None, None, "cancelled", usage)])
+            return cancelled(usage)
         return replied(
             reading,
             tokenizer,
@@ -273,7 +274,7 @@ def _savable(session: RuntimeSession, model: "Model") -> tuple[SavableSession, b
     )
 
 
-def _checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+def _checked_ids(ids: "Ids", vocab_size: int) -> list[int]:
     """Ids of one row, as Python's integers; NumPy's will do."""
     allowed = f"integers 0..{vocab_size - 1}"
     shape = getattr(ids, "shape", (1,))

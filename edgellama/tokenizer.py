@@ -6,7 +6,7 @@ Knows nothing about models or chat templates.
 
 import codecs
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Tokenizer:
             if self._vocab.types[token] != USER_DEFINED:
                 yield start, end, token
 
-    def decode(self, ids: Sequence[int], *, special: bool = False, continuing: bool = False) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = False, continuing: bool = False) -> str:
         """The text of `ids`; invalid UTF-8 becomes U+FFFD.
 
         Control tokens vanish, or show their text with `special=True`. The space that encoding

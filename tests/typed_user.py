@@ -3,7 +3,7 @@ ships, and test_api.py runs it. Knows nothing but the public names."""
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import assert_type
 
@@ -163,6 +163,33 @@ def replies(model: edgellama.Model) -> None:
     assert token.cancelled and last.finish_reason == "cancelled"
 
 
+def arrays(model: edgellama.Model) -> None:
+    ids: NDArray[np.int64] = np.array([1, 5, 6])
+    with model.session() as session:
+        session.forward(ids)
+        session.forward(ids.astype(np.uint16))
+        assert session.ids == (1, 5, 6, 1, 5, 6)
+        text_of(session.generate(ids, max_tokens=1))
+    assert text_of(model.generate(ids, sampling(), max_tokens=1)) is not None
+    assert model.tokenizer.decode(ids) == model.tokenizer.decode([1, 5, 6])
+
+
+def left(model: edgellama.Model) -> None:
+    """Replies that nobody reads to their end."""
+    token = edgellama.CancelToken()
+    for _ in range(2):  # once more with a token that is set
+        first = model.generate("a", max_tokens=9, cancel=token)
+        second = model.chat(MESSAGES, template=TEMPLATE, max_tokens=9, cancel=token)
+        with model.session() as session:
+            third = session.generate([1, 5], max_tokens=9, cancel=token)
+            for reply in (first, second, third):
+                assert_type(reply, Generator[edgellama.Chunk, None, None])
+                next(reply)
+                reply.close()
+                assert list(reply) == []
+        token.cancel()
+
+
 async def later(model: edgellama.Model) -> None:
     async for chunk in model.agenerate("the", sampling(), max_tokens=3, stop=["never"]):
         assert_type(chunk, edgellama.Chunk)
@@ -207,6 +234,8 @@ def main(path: Path, folder: Path) -> None:
         tokens(assert_type(model.tokenizer, Tokenizer))
         sessions(model, folder)
         replies(model)
+        arrays(model)
+        left(model)
         asyncio.run(later(model))
         refused(model)
     model.close()
