@@ -5,6 +5,7 @@ Knows nothing about models or sessions. `sandbox.py` runs the template's code, o
 
 import re
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from edgellama.sandbox import Program
 
 MOST_TEMPLATE = 2**20  # characters
+MOST_CONTROL = 1024  # characters of a control token: 8 times the longest seen
 FROM_FILE = "the file's own, which comes first"
 NO_TEMPLATE = "none: the file has no chat template, as base models have none"
 TURN_ENDS = ("<step>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>")
@@ -195,10 +197,14 @@ def encode_chat(
     A message's text never becomes a control token, whatever it looks like, nor a user-defined one
     that the template writes: some files declare `<|im_end|>` so. The ids are those of
     the whole rendered text, BOS in front once, if the tokenizer wants it or the template wrote it.
-    Raises what `ChatTemplate.render` raises, TemplateError for an empty prompt, and Cancelled.
+    Raises what `ChatTemplate.render` raises, TemplateError for an empty prompt and for control
+    tokens of more than 1,024 characters, and Cancelled.
     """
     checked = checked_messages(messages)
     lookalikes = _lookalikes(tokenizer, template.source)
+    if lookalikes.longest > MOST_CONTROL:
+        problem = f"the vocabulary has a control token of {lookalikes.longest} characters"
+        raise template.error(problem, f"At most {MOST_CONTROL} can be told from messages' text")
     marker, roles = lookalikes.mark(checked, cancel), roles_of(checked)
     text = template.render_checked(checked, add_generation_prompt)
     if not text.replace(template.bos, "").strip():
@@ -234,8 +240,7 @@ class _Lookalikes:
         single = f"(?![{MARKERS[0]}-{MARKERS[-1]}])"
         own = [re.escape(text) + (single if len(text) == 1 else "") for text in ordered]
         self.any = re.compile("|".join(own) or "(?!)")
-        self.heads = {text[:n] for text in texts for n in range(1, len(text))}
-        self.tails = {text[n:] for text in texts for n in range(1, len(text))}
+        self.sorted, self.mirrored = sorted(texts), sorted(text[::-1] for text in texts)
         self.longest = max(map(len, texts), default=1)
 
     def mark(self, messages: list[dict[str, Any]], cancel: CancelToken | None = None) -> str:
@@ -271,10 +276,11 @@ class _Lookalikes:
         places = set()
         for end in {len(text), len(text.rstrip())}:
             starts = range(max(0, end - self.longest), end)
-            places |= {at + 1 for at in starts if text[at:end] in self.heads}
+            places |= {at + 1 for at in starts if _has_longer(self.sorted, text[at:end])}
         for start in {0, len(text) - len(text.lstrip())}:
             ends = range(start + 1, min(len(text), start + self.longest) + 1)
-            places |= {start for at in ends if text[start:at] in self.tails}
+            halves = (text[start:at][::-1] for at in ends)
+            places |= {start for half in halves if _has_longer(self.mirrored, half)}
         return places
 
     def runs(self, text: str, marker: str) -> list[list[tuple[str, bool]]]:
@@ -304,6 +310,12 @@ class _Lookalikes:
     def _cut(self, text: str, marker: str) -> list[str]:
         plain = text.replace(marker, "")
         return text.split(marker) if self.exposed.search(plain) else [plain]
+
+
+def _has_longer(ordered: list[str], text: str) -> bool:
+    """Whether one of the sorted texts begins so and goes on; it is the next one, if any."""
+    following = bisect_right(ordered, text)
+    return following < len(ordered) and ordered[following].startswith(text)
 
 
 def _texts(value: Any) -> list[str]:

@@ -4,6 +4,7 @@ Ids J6 and K14 are rows of the project's catalogue of bad inputs.
 """
 
 import time
+import tracemalloc
 
 import pytest
 from chatting import SMOLLM2, TALK
@@ -209,3 +210,26 @@ def test_marking_can_be_cancelled():
     template = ChatTemplate("{{ raise_exception('rendered') }}")  # which comes after it
     with pytest.raises(Cancelled, match="encode"):
         encode_chat(template, tokenizer_of(), USER, cancel=token)
+
+
+def test_long_control_tokens_take_memory_as_they_are_long():
+    """Not as the square of that, as all their halves would."""
+    tokenizer = tokenizer_of(*(f"<{n}{'x' * 1000}>" for n in range(100, 120)))
+    tokenizer.encode("a", special=True)  # which has memory of its own
+    talk = [{"role": "user", "content": f"a<111{'x' * 1000}"}]
+    tracemalloc.start()
+    try:
+        encode_chat(ChatTemplate("{{ messages[0].role }}"), tokenizer, talk)
+        assert tracemalloc.get_traced_memory()[1] < 7e6  # measured: 2e6; all halves are 14e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [3, 4], ids=["control", "user-defined"])
+def test_control_tokens_longer_than_any_are_refused(kind):
+    longest, longer = f"<{'x' * 1022}>", f"<{'x' * 1023}>"
+    template = ChatTemplate("{{ messages[0].content }}" + longest + longer)
+    talk = [{"role": "user", "content": longest}]
+    assert encode_chat(template, tokenizer_of(longest, kind=kind), talk).count(3) == 1
+    with pytest.raises(TemplateError, match=r"control token of 1025 characters\. At most 1024"):
+        encode_chat(template, tokenizer_of(longer, kind=kind), USER)
