@@ -6,6 +6,7 @@ formats of weights or text.
 """
 
 import os
+import threading
 import weakref
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from edgellama import rope
 from edgellama.control import Turns
+from edgellama.errors import ParameterError
 from edgellama.gguf import GGUF
 from edgellama.graph import Graph
 from edgellama.runtimes.base import Options
@@ -48,6 +50,7 @@ class Ort:
         self.folder, self.fingerprint = source, source.fingerprint
         self.turns = Turns()  # one step at a time, as the other runtimes do
         self.sessions: weakref.WeakSet[OrtSession] = weakref.WeakSet()
+        self._listing = threading.Lock()  # of the sessions: it takes more than one step
         self.spare: list[dict[str, Any]] = []  # what sessions on CUDA have left
         self.pid, self.closed = os.getpid(), False
         self.angles = _Angles(graph, source.rope_factors, options.context)
@@ -89,8 +92,19 @@ class Ort:
 
     def session(self) -> OrtSession:
         session = CudaSession(self) if self.manner.candidates else OrtSession(self)
-        self.sessions.add(session)
+        with self._listing:
+            self.sessions.add(session)
+        if self.closed:  # meanwhile, perhaps before it was listed
+            session.close()
+            self.opened()
         return session
+
+    def opened(self) -> Any:
+        """The inference session. Raises ParameterError once the model is closed."""
+        inference = self.inference
+        if self.closed or inference is None:
+            raise ParameterError("the model is closed")
+        return inference
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -120,7 +134,9 @@ class Ort:
         if os.getpid() != self.pid:
             return
         self.closed = True
-        for session in list(self.sessions):
+        with self._listing:
+            sessions = list(self.sessions)
+        for session in sessions:
             session.terminate()
         with self.turns.turn():
             self.spare.clear()

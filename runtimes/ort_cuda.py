@@ -108,7 +108,7 @@ class CudaSession(OrtSession):
         return cache | self._angles()
 
     def _binding(self) -> Any:
-        binding = self.model.inference.io_binding()
+        binding = self.model.opened().io_binding()
         for name in ("cos", "sin"):
             binding.bind_ortvalue_input(name, self.kept[name])
         c, kind = self.model.graph.config, DTYPES[self.model.manner.dtype]

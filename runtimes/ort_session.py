@@ -79,7 +79,7 @@ class OrtSession:
         return options
 
     def _binding(self) -> Any:
-        binding = self.model.inference.io_binding()
+        binding = self.model.opened().io_binding()
         for name, value in self.kept.items():
             binding.bind_ortvalue_input(name, value)
             if name not in ("cos", "sin"):
@@ -165,7 +165,7 @@ class OrtSession:
                 model.angles.need(total)
                 start = time.monotonic()
                 with watching(watched, self.terminate):
-                    model.inference.run_with_iobinding(binding, options)
+                    model.opened().run_with_iobinding(binding, options)
                 self.seconds = time.monotonic() - start if n == 1 else self.seconds
         except BaseException as error:
             self.position = before

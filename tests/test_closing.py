@@ -19,7 +19,7 @@ RUNTIMES = [
         name,
         marks=pytest.mark.skipif(find_spec(needed) is None, reason=f"{needed} is not installed"),
     )
-    for name, needed in (("reference", "numpy"),)
+    for name, needed in (("reference", "numpy"), ("onnx", "onnxruntime"))
 ]
 
 
@@ -30,6 +30,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opening(model: edgellama.Model) -> None:
+    model.session()
+
+
+def beginning(model: edgellama.Model) -> None:
     model.session().forward([1, 2, 3])
 
 
@@ -80,7 +84,7 @@ def test_every_call_that_was_under_way_says_that_the_model_is_closed(
 ) -> None:
     for i in range(ROUNDS):
         model = edgellama.load(path, runtime, context=256)
-        works = [opening, opening, computing(model), replying]
+        works = [opening, opening, beginning, computing(model), replying]
         for error in closed_while(model, works, WAITS[i % len(WAITS)]):
             assert isinstance(error, edgellama.ParameterError), repr(error)
             assert str(error) == "the model is closed"

@@ -178,6 +178,15 @@ def test_a_session_leaves_its_buffers_to_the_next(made: Made) -> None:
     assert runtime.spare == []
 
 
+def test_no_session_on_a_closed_model(made: Made) -> None:
+    runtime, _ = made("gqa", "Q8_0")
+    session = runtime.session()
+    runtime.close()
+    for call in (runtime.session, lambda: session.step(5), lambda: session.forward([5, 6])):
+        with pytest.raises(edgellama.ParameterError, match="the model is closed"):
+            call()
+
+
 def test_cancelled_while_feeding_itself(made: Made) -> None:
     runtime, _ = made("gqa", "Q8_0")
     session, token = runtime.session(), edgellama.CancelToken()
