@@ -24,6 +24,8 @@ from edgellama.paths import DEFAULT_MODEL, model_file
 if TYPE_CHECKING:
     from edgellama.model import Model
 
+NOTHING_SAID = "Where stdin is no terminal, all of it is the one message"
+
 
 def start_chat(
     terminal: Terminal,
@@ -39,7 +41,7 @@ def start_chat(
 ) -> None:
     asked, settings = asked_template(template), Settings.of(wording, overflow)
     live = sys.stdin is not None and sys.stdin.isatty()
-    message = None if live else checked_prompt(stdin_text(terminal))
+    message = None if live else checked_prompt(stdin_text(terminal), NOTHING_SAID)
     keyboard = Keyboard(terminal, COMMANDS) if live else None
     with keyboard.hushed() if keyboard else contextlib.nullcontext():
         model = _loaded(terminal, name, how)

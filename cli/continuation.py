@@ -46,7 +46,7 @@ def fitted_text(
         cut += 1
     kept = [*ids[:first], *ids[cut:]] if cut > first else ids
     if len(kept) > context:
-        hint = "What was written last is too long by itself: shorten it, or load a larger context"
+        hint = "What was written last is too long by itself: shorten it, or take a larger --context"
         raise ContextOverflow(len(kept), context, hint)
     return Fitted(kept, dropped_tokens=len(ids) - len(kept))
 

@@ -14,13 +14,15 @@ from edgellama.cli.settings import Settings
 from edgellama.cli.templates import Asked, source_of, template_of
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
-from edgellama.errors import EdgeLlamaError, ParameterError
+from edgellama.errors import ContextOverflow, EdgeLlamaError, ParameterError
 from edgellama.sampling import LARGEST_SEED, Sampling
 
 if TYPE_CHECKING:
     from edgellama.model import Model
     from edgellama.overflow import Fitted
 
+TOO_MUCH = "Shorten it, /set overflow shift to drop earlier messages, or take a larger --context"
+TOO_LONG = "The last message alone is too long: shorten it, or take a larger --context"
 NEXT = {"role": "user", "content": "..."}  # stands for the message that is still to come
 
 
@@ -191,12 +193,16 @@ class Conversation:
                 context=self.model.info.context,
                 max_tokens=settings.max_tokens,
             )
-        return self.model.fitted(
-            messages,
-            template=self.template,
-            overflow=settings.overflow,
-            max_tokens=settings.max_tokens,
-        )
+        try:
+            return self.model.fitted(
+                messages,
+                template=self.template,
+                overflow=settings.overflow,
+                max_tokens=settings.max_tokens,
+            )
+        except ContextOverflow as error:
+            hint = TOO_MUCH if settings.overflow == "error" else TOO_LONG
+            raise ContextOverflow(error.need, error.have, hint) from error
 
     def position(self) -> int:
         """Tokens of the context that the conversation takes now."""

@@ -1,9 +1,10 @@
 """What `run` and `chat` share: loading a model with a bar, and showing a reply as it comes."""
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +15,7 @@ from edgellama.cli.sampling import settings_of
 from edgellama.cli.spelling import plural
 from edgellama.cli.terminal import Display, Terminal
 from edgellama.control import CancelToken
-from edgellama.errors import Cancelled
+from edgellama.errors import Cancelled, ContextOverflow, shown
 from edgellama.paths import model_path
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class Reply:
             return ["stopped"]
         words = {"stop": "end of turn", "length": "cut at max_tokens"}
         words["context"] = "the context is full"
+        if self.usage is not None and self.usage.stop_text is not None:
+            words["stop"] = f"ended by the stop text {shown(self.usage.stop_text)}"
         return [words[self.finish_reason]] if self.finish_reason in words else []
 
 
@@ -142,6 +145,17 @@ def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model"
         seconds = display.took[COMPILING]
         terminal.note(f"Compiled the kernels for this processor in {seconds:.1f} s, this once.")
     return model
+
+
+@contextlib.contextmanager
+def context_told(model: "edgellama.Model") -> Iterator[None]:
+    """A prompt that does not fit is refused in the words of the command line."""
+    try:
+        yield
+    except ContextOverflow as error:
+        more = error.have < model.info.model_context
+        hint = f"Shorten it{', or give a larger --context' if more else ''}"
+        raise ContextOverflow(error.need, error.have, hint) from error
 
 
 def show_reply(

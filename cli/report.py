@@ -60,7 +60,7 @@ def _device(model: "Model") -> str:
     parts = [f"{runtime} runtime"] if name == runtime else [str(name), f"{runtime} runtime"]
     parts += [plural(count, "thread")] if count else []
     reasons = [str(device["reason"])] if device.get("reason") else []
-    reasons += ["--runtime onnx for a GPU"] if runtime in ("cpu", "reference") else []
+    reasons += ["--device cuda for an NVIDIA GPU"] if name != "cuda" else []
     return ", ".join(parts) + (f" ({'; '.join(reasons)})" if reasons else "")
 
 

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellama.cli.prefill import ReadAhead
-from edgellama.cli.reply import Reply, Running, Wording, finish, load_model, show_reply
+from edgellama.cli.reply import (
+    Reply,
+    Running,
+    Wording,
+    context_told,
+    finish,
+    load_model,
+    show_reply,
+)
 from edgellama.cli.templates import Asked, asked_template, source_of, template_of
 from edgellama.cli.terminal import Terminal
 from edgellama.control import CancelToken
 from edgellama.errors import EdgeLlamaError, ParameterError
+from edgellama.regular_file import unreadable
 
 if TYPE_CHECKING:
     import edgellama
@@ -100,7 +109,8 @@ class _Answering:
     def reply(self, text: str) -> Reply:
         cancel = CancelToken()
         ahead, chunks = (self._answer if self.chat else self._continuation)(text, cancel)
-        return ahead.counted(show_reply(self.terminal, chunks, cancel, before=ahead))
+        with context_told(self.model):
+            return ahead.counted(show_reply(self.terminal, chunks, cancel, before=ahead))
 
     def _answer(self, text: str, cancel: CancelToken) -> _Reading:
         model, system, session = self.model, self.manner.system, self.model.session()
@@ -148,13 +158,17 @@ def prompts_of(terminal: Terminal, file: Path, separator: str | None) -> Prompts
     if file == Path("-"):
         text = stdin_text(terminal)
     else:
-        with file.open("rb") as stream:
-            text = _decoded(stream.read(LONGEST_PROMPT + 1), f"--file {file.name}")
+        try:
+            with file.open("rb") as stream:  # it may be a pipe
+                data = stream.read(LONGEST_PROMPT + 1)
+        except OSError as error:
+            raise unreadable(file, error) from error
+        text = _decoded(data, f"--file {file.name}", EdgeLlamaError)
     lines = text.replace("\r\n", "\n").split("\n")
     texts = lines if separator is None else _blocks(lines, separator)
     kept = [checked_prompt(text) for text in texts if text.strip()]
     if not kept:
-        raise ParameterError(f"--file {file.name} holds no prompt")
+        raise EdgeLlamaError(f"--file {file.name} holds no prompt")
     return Prompts(kept, separator or "")
 
 
@@ -178,19 +192,19 @@ def stdin_text(terminal: Terminal) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _decoded(data: bytes, what: str) -> str:
+def _decoded(data: bytes, what: str, kind: type[EdgeLlamaError] = ParameterError) -> str:
     if len(data) > LONGEST_PROMPT:
-        raise ParameterError(f"{what} is longer than {LONGEST_PROMPT} bytes")
+        raise kind(f"{what} is longer than {LONGEST_PROMPT} bytes")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ParameterError(f"{what} is not UTF-8: {error}") from error
+        raise kind(f"{what} is not UTF-8: {error}") from error
 
 
-def checked_prompt(prompt: str) -> str:
-    """The prompt if it can be one, else ParameterError."""
+def checked_prompt(prompt: str, hint: str = "Give it as an argument or on stdin") -> str:
+    """The prompt if it can be one, else ParameterError, with the hint for an empty one."""
     if not prompt:
-        raise ParameterError("the prompt is empty", hint="Give it as an argument or on stdin")
+        raise ParameterError("the prompt is empty", hint=hint)
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise ParameterError("the prompt is not valid text in this terminal's encoding")
     return prompt

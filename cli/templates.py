@@ -6,9 +6,10 @@ from pathlib import Path
 
 import edgellama
 from edgellama.chat import MOST_TEMPLATE, ChatTemplate
-from edgellama.errors import ParameterError
+from edgellama.errors import EdgeLlamaError, ParameterError, did_you_mean, shown
 from edgellama.formats import ChatFormat
 from edgellama.formats_named import FORMATS, format_named
+from edgellama.regular_file import unreadable
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,31 @@ class Asked:
 
 
 def asked_template(given: str | None) -> Asked | None:
-    """The option's value; ParameterError if it is no format's name, and no file of text."""
+    """The option's value. Raises ParameterError if it is neither a format's name nor a file,
+    EdgeLlamaError for a file that cannot be read as text.
+    """
     if given is None:
         return None
-    if given in FORMATS or not os.path.isfile(given):  # false, too, for what can be no path
+    if given in FORMATS:
         return Asked(given, format_named(given), None)
+    if not os.path.isfile(given):  # false, too, for what can be no path
+        raise _unknown(given)
     path = Path(given)
     try:
         with path.open("rb") as file:
             text = file.read(4 * MOST_TEMPLATE + 1).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ParameterError(f"--template {path.name} is not UTF-8: {error}") from error
+        raise EdgeLlamaError(f"--template {path.name} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     return Asked(given, None, text)
+
+
+def _unknown(given: str) -> ParameterError:
+    what = "is a folder" if os.path.isdir(given) else "there is no such file"
+    problem = f"--template {shown(given)}: {what}, and no format has that name; the formats are "
+    hint = did_you_mean(given, FORMATS)
+    return ParameterError(problem + ", ".join(FORMATS), field="template", value=given, hint=hint)
 
 
 def source_of(asked: Asked | None, model: "edgellama.Model") -> str:

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edgellama.errors import EdgeLlamaError, OutputError
+from edgellama.errors import EdgeLlamaError, OutputError, shown
 
 STALE = 24 * 3600  # seconds after which a temporary file that cannot be locked has no writer
 TOKEN = "[0-9a-f]{12}"  # matches what makes a temporary file's name its own
+_LONGEST_STEM = 100  # bytes of the name: with what is put around it, any file system has room
 _TRIES = 10  # names tried before giving up: each try fails only if a sweep takes the file at once
 
 
@@ -32,7 +33,7 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     A writer that is killed leaves its temporary file behind; the next one removes it.
     """
     target = _target(Path(path))
-    stem = f".{target.name[:100]}."
+    stem = temporary_stem(target.name)
     _sweep(target.parent, stem)
     with told_as_output(path):
         with contextlib.ExitStack() as on_failure:
@@ -54,7 +55,7 @@ def temporary_beside(path: str | Path) -> Iterator[tuple[BinaryIO, Path]]:
     the process is killed, the next writer of `path` removes it. Raises OutputError.
     """
     target = _target(Path(path))
-    stem = f".{target.name[:100]}."
+    stem = temporary_stem(target.name)
     with told_as_output(path):
         _sweep(target.parent, stem)
         file, temporary = _create(target, stem)
@@ -74,9 +75,17 @@ def told_as_output(path: str | Path) -> Iterator[None]:
             raise
         reason = error.strerror or error
         if isinstance(error, FileNotFoundError) and not Path(path).parent.is_dir():
-            reason = f"there is no folder {Path(path).parent}"
+            reason = f"there is no folder {shown(str(Path(path).parent))}"
         hint = "Nothing was changed"
         raise OutputError(f"cannot be written: {reason}", path=path, hint=hint) from error
+
+
+def temporary_stem(name: str) -> str:
+    """How the temporary names of a file begin: with the file's own, as far as there is room."""
+    stem = name[:_LONGEST_STEM]
+    while len(os.fsencode(stem)) > _LONGEST_STEM:
+        stem = stem[:-1]
+    return f".{stem}."
 
 
 def _target(path: Path) -> Path:
@@ -151,8 +160,11 @@ def sweep(folder: Path, stem: str) -> None:
     _sweep(folder, stem, rest=r"(?:.*\.)?")
 
 
-def _sweep(folder: Path, stem: str, rest: str = "") -> None:
-    """`rest` matches what may stand between the stem and what `_create` puts behind it."""
+def _sweep(folder: Path, stem: str, rest: str = r"(?:floats\.)?") -> None:
+    """`rest` matches what may stand between the stem and what `_create` puts behind it:
+
+    the mark of a temporary file of floats, as `quantize/runnable.py` has them.
+    """
     pattern = re.compile(f"{re.escape(stem)}{rest}{TOKEN}\\.tmp", re.DOTALL)
     for old in folder.glob(glob.escape(stem) + "*.tmp"):
         if pattern.fullmatch(old.name):

@@ -37,6 +37,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._automata = [_Automaton(text) for text in stops]
         self._held = ""  # the beginning of a stop string, perhaps
+        self.found: str | None = None  # the stop string that is complete
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that is certainly before any stop string, and whether one is complete."""
@@ -44,10 +45,10 @@ class StopMatcher:
             return text, False
         whole = self._held + text
         for end, char in enumerate(text, len(self._held) + 1):
-            complete = [len(each.text) for each in self._automata if each.push(char)]
+            complete = [each.text for each in self._automata if each.push(char)]
             if complete:
-                self._held = ""
-                return whole[: end - max(complete)], True
+                self._held, self.found = "", max(complete, key=len)
+                return whole[: end - len(self.found)], True
         sure = len(whole) - max(each.matched for each in self._automata)
         self._held = whole[sure:]
         return whole[:sure], False

@@ -94,7 +94,7 @@ class Device:
         """Why it is this one."""
         if options.device == self.name:
             return "asked for"
-        return "auto is the CPU; device='cuda' for an NVIDIA GPU"
+        return "auto is the CPU"
 
     def check(self, session: Any) -> None:
         """The session must run where it was asked to: ONNX Runtime itself would fall back."""

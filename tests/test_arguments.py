@@ -57,8 +57,8 @@ def test_numbers_out_of_range(path: Path, name: str, value: Any) -> None:
         ("CON", EdgeLlamaError, "no such file"),
         (os.fsdecode(b"\xff\xfe.gguf"), EdgeLlamaError, "no such file"),
         ("x" * 5000, EdgeLlamaError, "too long"),
-        ("~", ModelFormatError, "a folder, not a GGUF file"),
-        (".", ModelFormatError, "a folder, not a GGUF file"),
+        ("~", ModelFormatError, "this is .*folder"),
+        (".", ModelFormatError, "this is .*folder"),
         (os.devnull, EdgeLlamaError, "neither a regular file nor a folder"),
     ],
 )

@@ -119,8 +119,8 @@ def test_where_it_went_wrong(
 @pytest.mark.parametrize(
     ("content", "more", "status", "words"),
     [
-        (b"\n \n", (), 2, "holds no prompt"),
-        (b"\xff\xfe", (), 2, "not UTF-8"),
+        (b"\n \n", (), 1, "holds no prompt"),
+        (b"\xff\xfe", (), 1, "not UTF-8"),
         (b"hi", ("hello",), 2, "a prompt was given too"),
         (b"hi", ("--infill", "a", "b"), 2, "--infill takes two files"),
         (b"hi", ("--temperature", "-1"), 2, "temperature"),

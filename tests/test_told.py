@@ -1,12 +1,16 @@
 """What a user is told: errors say what the thing given really is, and what can be done here."""
 
+import io
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from chatting import begun, opened, told
 from tiny import tiny_config, write_tiny
 
 import edgellama
+from edgellama.cli import report
 from edgellama.cli.main import run
 from edgellama.estimate import KV_ALLOWED, KV_TYPES, estimate
 
@@ -120,3 +124,102 @@ def test_load_takes_the_caches_that_an_estimate_allows(
             continue
         taken.append(kv_type)
     assert tuple(taken) == KV_ALLOWED[runtime]
+
+
+# --- what is typed, in the words of the command line ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "chat.gguf"
+    opened(path).close()
+    return path
+
+
+def test_a_gpu_is_asked_for_in_the_terminal(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.gguf") as found:
+        assert "--device cuda for an NVIDIA GPU" in report.first_screen(found, None)
+
+
+def test_a_gpu_is_asked_for_in_the_terminal_of_onnx_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `onnx`)")
+    monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path / "cache"))
+    with edgellama.load(write_tiny(tmp_path / "a.gguf"), runtime="onnx") as found:
+        screen = report.first_screen(found, None)
+    assert "(auto is the CPU; --device cuda for an NVIDIA GPU)" in screen
+
+
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_a_long_prompt_to_run(raw: tuple[str, ...], model: Path, capsys: Capture) -> None:
+    how = ("--runtime", "reference", "--quiet", *raw)
+    said = refused(capsys, "run", model, "word " * 300, *how)
+    assert said.endswith("tokens do not fit the context of 256. Shorten it\n")
+    said = refused(capsys, "run", model, "word " * 300, *how, "--context", "128")
+    assert said.endswith("of 128. Shorten it, or give a larger --context\n")
+
+
+def test_a_long_message_in_a_chat(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.gguf") as found:
+        assert "Shorten it, /set overflow shift to drop" in told(begun(found), "word " * 300)
+        said = told(begun(found, overflow="shift"), "word " * 300)
+    assert "The last message alone is too long: shorten it, or take a larger --context" in said
+
+
+def test_a_chat_without_a_message(
+    model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    said = refused(capsys, "chat", model, status=2)
+    assert "the prompt is empty. Where stdin is no terminal" in said and "argument" not in said
+
+
+def test_files_of_prompts_that_cannot_be_read(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "empty.txt").write_bytes(b"\n\n")
+    for name, problem in (
+        ("nofile", "edgellama: nofile: cannot be read: No such file or directory\n"),
+        (".", "cannot be read: Is a directory"),
+        ("latin.txt", "--file latin.txt is not UTF-8"),
+        ("empty.txt", "--file empty.txt holds no prompt"),
+    ):
+        assert problem in refused(capsys, "run", model, "--file", tmp_path / name)
+
+
+def test_templates_that_cannot_be_read(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, problem in (
+        ("missing.jinja", "--template 'missing.jinja': there is no such file, and no format"),
+        (str(tmp_path), "is a folder, and no format has that name"),
+        ("chatlm", "Did you mean chatml?"),
+    ):
+        said = refused(capsys, "run", model, "hi", "--template", given, status=2)
+        assert problem in said and "Jinja" not in said
+    locked = tmp_path / "locked.jinja"
+    locked.touch(mode=0)
+    if not _readable(locked):
+        said = refused(capsys, "run", model, "hi", "--template", locked)
+        assert said == "edgellama: locked.jinja: cannot be read: Permission denied\n"
+
+
+def _readable(path: Path) -> bool:
+    """This user may read every file."""
+    try:
+        path.open("rb").close()
+    except PermissionError:
+        return False
+    return True
+
+
+def test_a_stop_text_is_told_as_the_end(model: Path, capsys: Capture) -> None:
+    how = ("--runtime", "reference", "-t", "0", "-n", "20")
+    assert run(["run", str(model), "hi", *how, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["usage"]["stop_text"] is None
+    stop = whole["text"][4:7]
+    assert run(["run", str(model), "hi", *how, "--stop", stop]) == 0
+    assert f"ended by the stop text {stop!a}" in capsys.readouterr().err
+    assert run(["run", str(model), "hi", *how, "--stop", stop, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"]["stop_text"] == stop
