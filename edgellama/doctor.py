@@ -19,6 +19,7 @@ from edgellama.errors import EdgeLlamaError
 from edgellama.machine import available_memory, usable_cores
 from edgellama.measure import machine
 from edgellama.paths import cache_dir, cache_root
+from edgellama.pull import SCRATCH, abandoned
 
 REQUIRED = (
     *("numpy", "numba", "llvmlite", "gguf", "tokenizers", "jinja2"),
@@ -176,6 +177,7 @@ def _models(root: Path, found: Findings) -> dict[str, Any]:
     facts = _folder(root, "models", found)
     folder = Path(facts["path"])
     names, transcoded, left = [], 0, []
+    _tell_killed_pulls(folder, found)
     for file in _files(folder):
         inside = file.relative_to(folder)
         facts["files"], facts["bytes"] = facts["files"] + 1, facts["bytes"] + _size(file)
@@ -183,10 +185,19 @@ def _models(root: Path, found: Findings) -> dict[str, Any]:
             left.append(file)
         elif inside.parts[0] == ".onnx":
             transcoded += _size(file)
+        elif inside.parts[0].startswith(SCRATCH):
+            continue
         elif file.suffix == ".gguf":
             names.append(os.fspath(inside if len(inside.parts) > 1 else inside.with_suffix("")))
     _tell_left_behind(left, found)
     return facts | {"names": sorted(names), "transcoded_bytes": transcoded}
+
+
+def _tell_killed_pulls(models: Path, found: Findings) -> None:
+    for folder in abandoned(models):
+        size = sum(map(_size, _files(folder)))
+        problem = f"{folder}: left behind by a pull that was killed, {size / 1e6:.1f} MB"
+        found.problems.append((problem, "The next `edgellama pull` removes it; so can you"))
 
 
 def _kernels(root: Path, found: Findings) -> dict[str, Any]:

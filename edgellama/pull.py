@@ -18,14 +18,17 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from edgellama.control import CancelToken, Progress
-from edgellama.errors import EdgeLlamaError, ModelFormatError, ParameterError, shown
+from edgellama.errors import EdgeLlamaError, ModelFormatError, OutputError, ParameterError, shown
+from edgellama.folder_lock import locked
 from edgellama.output import STALE, atomic_output
 from edgellama.paths import DEFAULT_MODEL, cache_dir, is_model_name, model_file
 
 _PIECE = 1 << 20  # bytes copied between two looks at the cancel token
+SCRATCH = ".pull-"  # how the names of folders begin that downloads go to
+_TRIES = 10  # at making one: each fails only if a sweep takes the folder at once
 _POLL = 0.05  # seconds between two looks at a child process
 
 
@@ -106,7 +109,7 @@ def _pull_known(
     progress: "Progress",
     cancel: CancelToken,
 ) -> Path:
-    cache_dir("models")
+    _sweep(cache_dir("models"))
     target = model_file(name)
     if _is_whole(target, pinned, progress, cancel):
         return target
@@ -125,7 +128,8 @@ def _pull_from_hub(name: str, progress: "Progress", cancel: CancelToken) -> Path
     org, repo, file = name.split("/", 2)
     target = model_file(name)
     hub = [f"{org}/{repo}", file]
-    with _scratch(cache_dir("models")) as folder:
+    _sweep(models := cache_dir("models"))
+    with _scratch(models) as folder:
         said = _run([*_PYTHON, "-c", _HUB_ASK, *hub], folder, 0, progress, cancel)
         about = json.loads(said.splitlines()[-1])
         command = [*_PYTHON, "-c", _HUB_FETCH, *hub, about["commit"], str(folder)]
@@ -227,14 +231,43 @@ def _pieces(
         progress(done, size, what)
 
 
+def abandoned(models: Path) -> list[Path]:
+    """The folders that killed pulls left behind in the folder of models; living ones lock theirs.
+
+    Where locks cannot be had, those that are a day old.
+    """
+    found = []
+    for folder in sorted(models.glob(f"{SCRATCH}*")):
+        with contextlib.suppress(OSError), locked(folder) as held:
+            old = time.time() - folder.stat().st_mtime > STALE
+            if held or (held is None and old):
+                found.append(folder)
+    return found
+
+
+def _sweep(models: Path) -> None:
+    for folder in abandoned(models):
+        with contextlib.suppress(OSError), locked(folder) as held:
+            if held is not False:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
-    for old in parent.glob(".pull-*"):  # what a killed pull left behind
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > STALE:
-                shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=parent, ignore_cleanup_errors=True) as at:
-        yield Path(at)
+    with contextlib.ExitStack() as opened:
+        yield _own_folder(parent, opened)
+
+
+def _own_folder(parent: Path, opened: contextlib.ExitStack) -> Path:
+    """A new folder, locked; both until `opened` is closed."""
+    how: dict[str, Any] = {"prefix": SCRATCH, "dir": parent, "ignore_cleanup_errors": True}
+    for _ in range(_TRIES):
+        with contextlib.ExitStack() as tried, contextlib.suppress(FileNotFoundError):
+            folder = Path(tried.enter_context(tempfile.TemporaryDirectory(**how)))
+            if tried.enter_context(locked(folder)) is not False and folder.exists():
+                opened.enter_context(tried.pop_all())
+                return folder
+    raise OutputError("another process keeps removing the folder of the download", path=parent)
 
 
 def _only_wheel(folder: Path) -> Path:

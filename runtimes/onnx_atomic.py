@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgellama.errors import EdgeLlamaError, OutputError
-from edgellama.output import STALE
+from edgellama.folder_lock import locked
+from edgellama.output import STALE, TOKEN, temporary_stem
 
 MARK = "edgellama.json"  # a folder without it is somebody else's
 UNFINISHED = ".edgellama-unfinished"  # marks those that are being written
@@ -28,12 +29,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     killed writer left behind is removed by the next one, or given its name back.
     """
     _check(target)
-    stem = f".{target.name[:100]}."
+    stem = temporary_stem(target.name)
     try:
         _sweep(target, stem)
         temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
         temporary.mkdir()
-        with _locked(temporary):
+        with locked(temporary):
             try:
                 (temporary / UNFINISHED).touch()  # only now: what is locked is not swept
                 yield temporary
@@ -63,7 +64,7 @@ def _exchange(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
         return
     old = temporary.with_suffix(".old")
-    with _locked(target):
+    with locked(target):
         os.rename(target, old)
         try:
             os.rename(temporary, target)
@@ -75,7 +76,7 @@ def _exchange(temporary: Path, target: Path) -> None:
 
 def _sweep(target: Path, stem: str) -> None:
     """Clear up after killed writers of the same folder; a living one holds its folder's lock."""
-    pattern = re.compile(re.escape(stem) + r"[0-9a-f]{12}\.(tmp|old)")
+    pattern = re.compile(f"{re.escape(stem)}{TOKEN}\\.(tmp|old)")
     for left in target.parent.iterdir():
         if pattern.fullmatch(left.name):
             with contextlib.suppress(OSError):
@@ -86,38 +87,16 @@ def _clear_up(left: Path, target: Path) -> None:
     """Remove an abandoned folder that edgellama made, or give it its name back."""
     if left.is_symlink() or not left.is_dir():
         return
-    with _locked(left) as locked:
-        if locked is None:
-            locked = time.time() - left.stat().st_mtime > STALE
+    with locked(left) as held:
+        if held is None:
+            held = time.time() - left.stat().st_mtime > STALE
         whole = (left / MARK).is_file()
-        if not locked or not (whole or (left / UNFINISHED).is_file()):
+        if not held or not (whole or (left / UNFINISHED).is_file()):
             return
         if whole and left.suffix == ".old" and not target.exists():
             os.rename(left, target)  # it was killed between two renames
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Whether this process holds the folder's lock meanwhile; None where there are none."""
-    try:
-        import fcntl
-    except ImportError:
-        yield None
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked: bool | None = True
-        except BlockingIOError:
-            locked = False
-        except OSError:  # some network file systems have none
-            locked = None
-        yield locked
-    finally:
-        os.close(handle)
 
 
 def _sync(folder: Path) -> None:

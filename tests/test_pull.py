@@ -1,15 +1,20 @@
 """Pulling a model: every source gives the same checked bytes, every wrong one leaves nothing."""
 
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from edgellama import doctor, pull as module
 from edgellama.control import CancelToken
 from edgellama.errors import Cancelled, EdgeLlamaError, ModelFormatError, ParameterError
 from edgellama.paths import DEFAULT_MODEL, model_path
@@ -214,3 +219,63 @@ def test_hub_without_the_file(hub: None, cache: Path) -> None:
     with pytest.raises(EdgeLlamaError, match="the download failed"):
         pull("org/other/file.gguf")
     assert has_nothing(cache)
+
+
+# --- what a killed one leaves behind -------------------------------------------------------------
+
+DOWNLOADING = """
+import sys, time
+from pathlib import Path
+from edgellama.pull import _scratch
+with _scratch(Path(sys.argv[1])) as folder:
+    (folder / "model.gguf").write_bytes(bytes(2_000_000))
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks on folders")
+def test_what_a_killed_pull_left_is_found_at_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (cache / "models").mkdir(parents=True)
+    words = [sys.executable, "-c", DOWNLOADING, str(cache / "models")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            left = Path(child.stdout.readline().strip())
+            assert not [said for said, _ in doctor.examine().problems if ".pull" in said]
+            with pytest.raises(EdgeLlamaError, match="the download failed"):
+                pull()
+            assert (left / "model.gguf").is_file()  # somebody is still at it
+        finally:
+            child.kill()
+    found = doctor.examine()
+    (said,) = [said for said, _ in found.problems if ".pull" in said]
+    assert said == f"{left}: left behind by a pull that was killed, 2.0 MB"
+    assert found.caches["models"]["names"] == [] and left.is_dir()
+    with pytest.raises(EdgeLlamaError, match="is not a file"):
+        pull(source=tmp_path / "nowhere.whl")
+    assert not left.exists()
+
+
+def test_a_folder_that_is_swept_away_is_made_anew(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep may come between its making and its locking."""
+    cache.mkdir()
+    real, made = module.locked, []
+
+    def late(folder: Path) -> AbstractContextManager[bool | None]:
+        made.append(folder)
+        if len(made) == 1:
+            folder.rmdir()
+        return real(folder)
+
+    monkeypatch.setattr(module, "locked", late)
+    with module._scratch(cache) as folder:
+        assert folder.is_dir() and folder == made[1]
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError), module._scratch(cache):
+        raise FileNotFoundError
