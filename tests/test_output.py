@@ -70,3 +70,27 @@ def test_what_is_no_file_is_left_alone(tmp_path: Path, make: Callable[[Path], No
     assert not thread.is_alive()
     assert place.lstat().st_ino == before.st_ino
     assert (tmp_path / "notes").read_bytes() == b"new"
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+LONG = ("模" * 80 + ".gguf", "é" * 125, "a" + "\U0001f600" * 60, "a" * 250)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_names_as_long_as_they_may_be(tmp_path: Path, name: str) -> None:
+    """A name has at most 255 bytes; the temporary one is cut between two characters."""
+    with atomic_output(tmp_path / name) as file:
+        file.write(b"new")
+        (temporary,) = names_in(tmp_path)
+        assert temporary.rsplit(".", 2)[0][1:] in name
+        os.fsencode(temporary).decode("utf-8")  # else it would be no text
+    write(tmp_path / name)
+    assert names_in(tmp_path) == [name]
+
+
+@posix
+def test_long_names_are_swept(tmp_path: Path) -> None:
+    (tmp_path / f".{'模' * 33}.0123456789ab.tmp").write_bytes(b"half")
+    write(tmp_path / LONG[0])
+    assert names_in(tmp_path) == [LONG[0]]
