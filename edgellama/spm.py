@@ -34,6 +34,7 @@ class SentencePiece:
 
     @cached_property
     def _user_defined(self) -> Matcher | None:
+        """Pieces with plain spaces too: llama.cpp's converter writes "\u2581" so in these."""
         tokens = self._vocab.of_type(USER_DEFINED)
         return Matcher(text.replace(" ", SPACE) for text in tokens) if tokens else None
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from edgellama.bpe import ByteLevelBPE
-from edgellama.control import CancelToken
+from edgellama.control import CancelToken, require_token
 from edgellama.errors import ParameterError, shown
 from edgellama.matching import Matcher
 from edgellama.spm import SentencePiece
-from edgellama.vocab import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocab, vocab_from_gguf
+from edgellama.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, vocab_from_gguf
 
 _EACH_BYTE = "edgellama.each_byte"
 
@@ -59,8 +59,8 @@ class Tokenizer:
         self._vocab = vocab
         self._text: SentencePiece | ByteLevelBPE
         self._text = SentencePiece(vocab) if vocab.model == "llama" else ByteLevelBPE(vocab)
-        self._dummy_space = vocab.model == "llama" and vocab.add_space_prefix
         self._drop_all = vocab.remove_extra_whitespaces  # decoding trims the start, as encoding did
+        self._drops = vocab.model == "llama" and (vocab.add_space_prefix or self._drop_all)
         self._errors = _EACH_BYTE if vocab.model == "llama" else "replace"
         self.vocab_size = len(vocab.tokens)
         self.bos, self.eos, self.add_bos = vocab.bos, vocab.eos, vocab.add_bos
@@ -133,6 +133,7 @@ class Tokenizer:
         Special tokens are recognised inside the parts that say so and nowhere else: a chat can
         mark its template's own text, and what users wrote stays text, without a seam in the ids.
         """
+        require_token(cancel)
         parts = list(parts)
         for part, _ in parts:
             _check_text(part)
@@ -164,11 +165,17 @@ class Tokenizer:
         follow others. Raises ParameterError for an id outside the vocabulary.
         """
         stream = self.stream(special=special, continuing=continuing)
-        return b"".join(map(stream.bytes_of, ids)).decode("utf-8", self._errors)
+        try:
+            tokens = iter(ids)
+        except TypeError:
+            problem, allowed = f"ids is {type(ids).__name__}", "a sequence of token ids"
+            problem = f"{problem}; expected {allowed}"
+            raise ParameterError(problem, field="ids", value=ids, allowed=allowed) from None
+        return b"".join(map(stream.bytes_of, tokens)).decode("utf-8", self._errors)
 
     def stream(self, *, special: bool = False, continuing: bool = False) -> "Stream":
         """A decoder that takes one id at a time; the options are those of `decode`."""
-        return Stream(self, special, self._dummy_space and not continuing, self._errors)
+        return Stream(self, special, self._drops and not continuing, self._errors)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that the token stands for; for a control token, those of its name."""
@@ -183,6 +190,9 @@ class Tokenizer:
 
         None for a byte token, and where there is none of that name.
         """
+        if not isinstance(text, str):
+            problem = f"text is {type(text).__name__}; expected str"
+            raise ParameterError(problem, field="text", value=text, allowed="str")
         return self._vocab.specials.get(text, self._vocab.ids.get(text))
 
     def is_control(self, token: int) -> bool:
@@ -194,8 +204,13 @@ class Tokenizer:
         return self._vocab.types[self._checked(token)] in (CONTROL, UNKNOWN)
 
     def opens_with_space(self, token: int) -> bool:
-        """Whether the first byte is a space that encoding may have added."""
-        return self._vocab.types[token] == NORMAL and self._vocab.tokens[token][0] == "\u2581"
+        """Whether the first byte is a space that encoding may have added.
+
+        User-defined pieces may have it unescaped: llama.cpp's converter writes them so.
+        """
+        kind, first = self._vocab.types[token], self._vocab.tokens[token][0]
+        spaces = "\u2581 " if kind == USER_DEFINED else "\u2581"
+        return kind not in (CONTROL, UNKNOWN) and first in spaces
 
     def _checked(self, token: int) -> int:
         allowed = f"integer 0..{self.vocab_size - 1}"
@@ -218,7 +233,7 @@ class Stream:
 
     def __init__(self, tokenizer: Tokenizer, special: bool, drop_space: bool, errors: str) -> None:
         self._tokenizer, self._special, self._drop_space = tokenizer, special, drop_space
-        self._spaced, self._drop_all = tokenizer._dummy_space, tokenizer._drop_all
+        self._drops, self._drop_all = tokenizer._drops, tokenizer._drop_all
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token_id: int) -> str:
@@ -233,7 +248,7 @@ class Stream:
         """The bytes this token adds, in the order of the calls."""
         tokenizer = self._tokenizer
         if self._special and tokenizer.is_special(token_id):
-            self._drop_space = self._spaced  # `encode` adds one after every special token
+            self._drop_space = self._drops  # `encode` adds one after every special token
             return tokenizer.token_text(token_id).encode()
         if tokenizer.is_control(token_id):
             return b""
