@@ -29,7 +29,7 @@ def save(path: Path, messages: list[dict[str, str]], about: dict[str, Any]) -> N
         raise OutputError("there is another file of that name", path=path, hint=hint)
     document = {"format": FORMAT, "version": VERSION, **about, "messages": messages}
     text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
-    with atomic_output(path) as file:
+    with atomic_output(path, private=True) as file:
         file.write(text.encode("utf-8", "surrogatepass"))
 
 

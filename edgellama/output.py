@@ -24,12 +24,14 @@ _TRIES = 10  # names tried before giving up: each try fails only if a sweep take
 
 
 @contextlib.contextmanager
-def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_output(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write into; it takes the place of `path` when the block ends well.
 
     The bytes are on the disk before the name changes hands. If the block raises, or writing fails
     (disk full, quota, no permission), `path` stays as it was, the temporary file beside it is
     removed, and an OSError becomes OutputError. A link is followed once: its target is replaced.
+    Who may read and write a file that is replaced may do so again; a new one follows the process's
+    umask, or is the owner's alone if it is `private`.
     A writer that is killed leaves its temporary file behind; the next one removes it.
     """
     target = _target(Path(path))
@@ -37,7 +39,7 @@ def atomic_output(path: str | Path) -> Iterator[BinaryIO]:
     _sweep(target.parent, stem)
     with told_as_output(path):
         with contextlib.ExitStack() as on_failure:
-            file, temporary = _create(target, stem)
+            file, temporary = _create(target, stem, private)
             on_failure.callback(_discard, file, temporary)
             yield file
             file.flush()
@@ -106,12 +108,19 @@ def _discard(file: BinaryIO, temporary: Path) -> None:
         temporary.unlink()
 
 
-def _create(target: Path, stem: str) -> tuple[BinaryIO, Path]:
+def _create(target: Path, stem: str, private: bool = False) -> tuple[BinaryIO, Path]:
     """A new file beside the target, locked as long as it is open: a lock ends with its process."""
+    permissions = _permissions(target)
+    closed = private or permissions is not None
+
+    def opener(name: str, flags: int) -> int:  # what the target hides is hidden from the start
+        return os.open(name, flags, 0o600 if closed else 0o666)
+
     for _ in range(_TRIES):
         temporary = target.with_name(f"{stem}{secrets.token_hex(6)}.tmp")
-        file = open(temporary, "xb")  # noqa: SIM115 - the caller closes it
+        file = open(temporary, "xb", opener=opener)  # noqa: SIM115 - the caller closes it
         try:
+            _permit(file, permissions)
             if _lock(file) is not False and _same(file, temporary):
                 return file, temporary
         except BaseException:
@@ -119,6 +128,20 @@ def _create(target: Path, stem: str) -> tuple[BinaryIO, Path]:
             raise
         file.close()  # a sweep came between the two steps, and has removed the file or will
     raise OutputError("another process keeps removing the temporary file", path=target)
+
+
+def _permissions(target: Path) -> int | None:
+    """What owner, group and others may do with a file; None if there is none."""
+    try:
+        return target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return None
+
+
+def _permit(file: BinaryIO, permissions: int | None) -> None:
+    if permissions is not None and sys.platform != "win32":
+        with contextlib.suppress(OSError):  # some file systems have none
+            os.fchmod(file.fileno(), permissions)
 
 
 def _lock(file: BinaryIO) -> bool | None:
@@ -161,9 +184,9 @@ def sweep(folder: Path, stem: str) -> None:
 
 
 def _sweep(folder: Path, stem: str, rest: str = r"(?:floats\.)?") -> None:
-    """`rest` matches what may stand between the stem and what `_create` puts behind it:
+    """`rest` matches what may stand between the stem and what `_create` puts behind it.
 
-    the mark of a temporary file of floats, as `quantize/runnable.py` has them.
+    By default the mark of a conversion's temporary file of floats.
     """
     pattern = re.compile(f"{re.escape(stem)}{rest}{TOKEN}\\.tmp", re.DOTALL)
     for old in folder.glob(glob.escape(stem) + "*.tmp"):

@@ -64,7 +64,7 @@ def save_session(
     header = HEADER.pack(MAGIC, VERSION, len(ids), fingerprint, *names)
     header += hashlib.sha256(header).digest()
     digest = hashlib.sha256()
-    with atomic_output(path) as file:
+    with atomic_output(path, private=True) as file:
         for piece in _pieces([header, _id_bytes(ids), *session.export()]):
             if cancel:
                 cancel.check("save")

@@ -1,11 +1,13 @@
 """Outputs that replace a file: what lies beside it, its permissions, and names of any length."""
 
 import os
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny import write_tiny
 
 from edgellama.output import atomic_output, sweep
 
@@ -70,6 +72,62 @@ def test_what_is_no_file_is_left_alone(tmp_path: Path, make: Callable[[Path], No
     assert not thread.is_alive()
     assert place.lstat().st_ino == before.st_ino
     assert (tmp_path / "notes").read_bytes() == b"new"
+
+
+# --- permissions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@posix
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("kept", [0o600, 0o640, 0o664, 0o444, 0o666])
+def test_a_file_that_is_replaced_keeps_its_permissions(
+    umask: None, tmp_path: Path, kept: int, private: bool
+) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    path.chmod(kept)
+    with atomic_output(path, private=private) as file:
+        file.write(b"new")
+        assert [mode(each) for each in tmp_path.iterdir()] == [kept, kept]  # never more open
+    assert path.read_bytes() == b"new" and mode(path) == kept
+
+
+@posix
+def test_a_new_file_follows_the_umask_or_is_private(umask: None, tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    assert mode(tmp_path / "out") == 0o640
+    with atomic_output(tmp_path / "secret", private=True):
+        assert [mode(path) for path in tmp_path.glob(".secret.*")] == [0o600]
+    assert mode(tmp_path / "secret") == 0o600
+
+
+@posix
+def test_saved_conversations_are_the_owner_s_alone(umask: None, tmp_path: Path) -> None:
+    import edgellama
+    from edgellama.cli import conversation_file
+
+    path, text = tmp_path / "talk.session", tmp_path / "talk.json"
+    model_file = write_tiny(tmp_path / "tiny.gguf")
+    with edgellama.load(model_file, "reference", context=16) as model, model.session() as session:
+        session.forward([5, 6, 7])
+        session.save(path)
+        assert mode(path) == 0o600
+        path.chmod(0o640)  # its owner shares it
+        session.save(path)
+        assert mode(path) == 0o640
+    conversation_file.save(text, [], {})
+    assert mode(text) == 0o600
 
 
 # --- names ---------------------------------------------------------------------------------------
