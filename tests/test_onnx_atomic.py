@@ -98,3 +98,9 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
     write(tmp_path / "m.onnx")
     assert names_in(tmp_path) == ["m.onnx"]
     assert names_in(tmp_path / "m.onnx") == [MARK]
+
+
+def test_a_name_as_long_as_it_may_be(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write(tmp_path / ("模" * 80 + ".onnx"), text)
+    assert names_in(tmp_path) == ["模" * 80 + ".onnx"]
