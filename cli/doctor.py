@@ -4,13 +4,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from typer.main import get_command
+
+from edgellama.cli.environment import problems
 from edgellama.cli.terminal import Terminal
 from edgellama.doctor import Findings, examine
 
 
 def show_findings(terminal: Terminal) -> None:
     """The status is 0 whatever is found: the problems are the result."""
+    from edgellama.cli.main import app
+
     found = examine()
+    found.problems += problems(get_command(app).commands)  # type: ignore[attr-defined]
     if terminal.json:
         terminal.document(document(found))
         return
@@ -27,8 +33,8 @@ def show_findings(terminal: Terminal) -> None:
 
 def document(found: Findings) -> dict[str, Any]:
     """For --json: the fields of Findings; a problem is `problem` and `advice`."""
-    problems = [{"problem": problem, "advice": advice} for problem, advice in found.problems]
-    return dataclasses.asdict(found) | {"problems": problems}
+    told = [{"problem": problem, "advice": advice} for problem, advice in found.problems]
+    return dataclasses.asdict(found) | {"problems": told}
 
 
 def _sections(found: Findings) -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -156,9 +156,10 @@ def _folder(root: Path, kind: Any, found: Findings) -> dict[str, Any]:
     folder, facts = root / kind, {"path": str(root / kind), "files": 0, "bytes": 0}
     if not folder.exists():
         parent = next(parent for parent in folder.parents if parent.exists())
-        facts["writable"] = os.access(parent, os.W_OK)
+        facts["writable"] = parent.is_dir() and os.access(parent, os.W_OK)
         if not facts["writable"]:
-            problem = f"{folder} cannot be made: {parent} is not writable"
+            reason = "is not writable" if parent.is_dir() else "is no folder"
+            problem = f"{folder} cannot be made: {parent} {reason}"
             found.problems.append((problem, "Set EDGELLAMA_CACHE to a folder of your own"))
         return facts
     try:

@@ -97,6 +97,53 @@ def test_a_cache_that_cannot_be_used(cache: Path) -> None:
     assert (cache / "kernels").read_text() == "in the way"
 
 
+def test_a_cache_that_is_a_file(cache: Path) -> None:
+    cache.write_text("in the way")
+    found = doctor.examine()
+    said = [problem for problem, _ in found.problems if "cannot be made" in problem]
+    assert said == [
+        f"{cache / kind} cannot be made: {cache} is no folder" for kind in ("models", "kernels")
+    ]
+    assert not found.caches["models"]["writable"] and cache.read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem", "advice"),
+    [
+        ("THREADS", "0", "EDGELLAMA_THREADS is '0': ", "Correct it"),
+        ("THREDS", "4", "nothing is set by EDGELLAMA_THREDS", "Did you mean EDGELLAMA_THREADS?"),
+        ("QUITE_ANOTHER", "x", "nothing is set by EDGELLAMA_QUITE_ANOTHER", "Unset it"),
+        ("RUNTIME", "onx", "EDGELLAMA_RUNTIME is 'onx': ", "Correct it"),
+        ("INFILL", "one", "EDGELLAMA_INFILL is 'one': EDGELLAMA_INFILL must be two", "Correct it"),
+        ("TEMPERATURE", "-1", "EDGELLAMA_TEMPERATURE is '-1': temperature is -1.0", "Correct it"),
+        ("LOGIT_BIAS", "5=1 x", "EDGELLAMA_LOGIT_BIAS is '5=1 x': ", "Correct it"),
+        ("TYPE", "Q4_KM", "EDGELLAMA_TYPE is 'Q4_KM': ", "Correct it"),
+        ("RAW", "perhaps", "EDGELLAMA_RAW is 'perhaps': ", "Correct it"),
+        *((name, "64", "", "") for name in ("MAX_TOKENS", "CONTEXT", "STOP", "CHUNKS", "SEED")),
+        *((name, "", "", "") for name in ("THREADS", "ORDER")),
+    ],
+)
+def test_the_environment_is_checked(
+    name: str,
+    value: str,
+    problem: str,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def about() -> list[dict[str, str]]:
+        assert run(["doctor", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["problems"]
+        return [each for each in found if "EDGELLAMA_" in each["problem"]]
+
+    before = about()
+    monkeypatch.setenv(f"EDGELLAMA_{name}", value)
+    told = [each for each in about() if each not in before]
+    assert len(told) == bool(problem)
+    for each in told:
+        assert each["problem"].startswith(problem) and each["advice"].startswith(advice)
+
+
 def test_a_level_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELLAMA_ISA", "sse9")
     found = doctor.examine()
