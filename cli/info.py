@@ -109,7 +109,7 @@ def _declared(file: GGUF) -> dict[str, Any]:
     return {
         "path": str(file.path),
         "bytes": file.n_bytes,
-        "format": f"GGUF {file.version}",
+        "format": "ONNX folder" if file.path.is_dir() else f"GGUF {file.version}",
         "architecture": _text(file, "general.architecture"),
         "name": _text(file, "general.name"),
         "license": _text(file, "general.license"),

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +21,7 @@ from edgellama.paths import model_path
 if TYPE_CHECKING:
     from edgellama.generate import Chunk, Usage
 
+EVERY_TIME = "compiled at every start"  # in the warning of a cache that cannot be used
 COMPILING, READING = "compiling kernels", "reading the prompt"  # what progress is told of
 
 
@@ -142,9 +143,14 @@ def load_model(terminal: Terminal, name: str, how: Running) -> "edgellama.Model"
     for warning in model.info.warnings:
         terminal.note(f"warning: {warning}")
     if COMPILING in display.took:
-        seconds = display.took[COMPILING]
-        terminal.note(f"Compiled the kernels for this processor in {seconds:.1f} s, this once.")
+        terminal.note(compiled(display.took[COMPILING], model.info.warnings))
     return model
+
+
+def compiled(seconds: float, warnings: Sequence[str]) -> str:
+    """The remark on the compiler's work; whether it comes again, the model's warnings say."""
+    once = "" if any(EVERY_TIME in text for text in warnings) else ", this once"
+    return f"Compiled the kernels for this processor in {seconds:.1f} s{once}."
 
 
 @contextlib.contextmanager

