@@ -70,8 +70,17 @@ class CancelToken:
 def require_token(cancel: object) -> None:
     """Raise ParameterError for what is neither a token nor None."""
     if not isinstance(cancel, CancelToken | None):
-        problem = f"cancel is {shown(cancel)}; allowed: a CancelToken or None"
-        raise ParameterError(problem, field="cancel")
+        allowed = "a CancelToken or None"
+        problem = f"cancel is {shown(cancel)}; allowed: {allowed}"
+        raise ParameterError(problem, field="cancel", value=cancel, allowed=allowed)
+
+
+def require_progress(progress: object) -> None:
+    """Raise ParameterError for what is neither None nor can be called."""
+    if progress is not None and not callable(progress):
+        allowed = "a function or None"
+        problem = f"progress is {shown(progress)}, which cannot be called; allowed: {allowed}"
+        raise ParameterError(problem, field="progress", value=progress, allowed=allowed)
 
 
 class Turns:

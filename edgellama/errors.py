@@ -4,6 +4,7 @@ Knows nothing about files, models or terminals: the command line turns these int
 exit status, an embedding app catches them. `assert` is for our own bugs, never for input.
 """
 
+import os
 from array import array
 from collections.abc import Iterable
 from operator import index
@@ -181,6 +182,20 @@ def require_integer(name: str, value: object, low: int, high: int) -> int:
             f"{name} = {shown(value)}; allowed: {allowed}", field=name, value=value, allowed=allowed
         )
     return whole
+
+
+def require_path(name: str, value: object) -> str:
+    """The text of a path, given as such or as an os.PathLike; else ParameterError."""
+    allowed = "a str or an os.PathLike of one"
+    try:
+        text = os.fspath(value)  # type: ignore[call-overload]  # what it is, is asked here
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        kind = type(value).__name__ if text is None else f"an os.PathLike of {type(text).__name__}"
+        problem = f"{name} is {kind}; allowed: {allowed}"
+        raise ParameterError(problem, field=name, value=value, allowed=allowed)
+    return text
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> str:

@@ -130,7 +130,7 @@ def format_named(name: str, *, date: str | None = None) -> ChatFormat:
     `date` is what the formats of Llama 3.1 and 3.2 call today, such as "05 Mar 2025"; without it
     the former says "26 Jul 2024", as its template does, and the latter asks the clock.
     """
-    form = FORMATS.get(name)
+    form = FORMATS.get(name) if isinstance(name, str) else None
     if form is None:
         raise ParameterError(
             f"template = {shown(name)} is no Jinja text and no format's name; the formats are "

@@ -232,6 +232,7 @@ class Model:
         only, and never the last. A quarter of the context, or max_tokens if that is less, is kept
         free for the reply. Raises ContextOverflow if that does not help; Cancelled.
         """
+        require_token(cancel)
         chosen = self._chosen(template)
         return fitted(
             messages,

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgellama.config import ModelConfig
-from edgellama.control import CancelToken, Progress, require_token
+from edgellama.control import CancelToken, Progress, require_progress, require_token
 from edgellama.errors import (
     ModelConfigError,
     OutOfMemory,
     ParameterError,
     require_choice,
     require_integer,
+    require_path,
     shown,
 )
 from edgellama.gguf import GGUF, open_gguf
@@ -71,9 +72,12 @@ def load(
     Raises ModelFormatError, UnsupportedModelError, ModelConfigError, TokenizerError or
     NonFiniteError for the file; ParameterError, DeviceUnavailable, OutOfMemory, Cancelled.
     """
-    _check_kinds(path, cancel, progress)
+    name = require_path("path", path)
+    require_token(cancel)
+    require_progress(progress)
+    accuracy = _check_kinds(kv_type, dtype, accuracy)
     chosen = chosen_runtime(runtime, device, dtype, deterministic, accuracy)
-    file_path = absolute(model_path(os.fspath(path)))
+    file_path = absolute(model_path(name))
     folder = _onnx_folder(file_path, runtime, cancel, progress)
     if folder is not None:
         chosen = "onnx"
@@ -99,12 +103,16 @@ def load(
     return model
 
 
-def _check_kinds(path: object, cancel: object, progress: object) -> None:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ParameterError(f"path is {type(path).__name__}; allowed: str or os.PathLike")
-    require_token(cancel)
-    if progress is not None and not callable(progress):
-        raise ParameterError("progress cannot be called; allowed: a function or None")
+def _check_kinds(kv_type: object, dtype: object, accuracy: object) -> int | None:
+    """Refuse what no runtime takes; what each does of the rest, it says itself. The accuracy."""
+    names = {"kv_type": (kv_type, "f16, f32, q8_0")}
+    if dtype is not None:
+        names["dtype"] = dtype, "a type's name, or None"
+    for name, (value, allowed) in names.items():
+        if not isinstance(value, str):
+            problem = f"{name} = {shown(value)}; allowed: {allowed}"
+            raise ParameterError(problem, field=name, value=value, allowed=allowed)
+    return None if accuracy is None else require_integer("accuracy", accuracy, 0, 4)
 
 
 def _checked(

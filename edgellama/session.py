@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
-from edgellama.control import CancelToken, Turns
+from edgellama.control import CancelToken, Turns, require_token
 from edgellama.errors import (
     Cancelled,
     ContextOverflow,
@@ -17,6 +17,7 @@ from edgellama.errors import (
     ParameterError,
     as_integer,
     require_integer,
+    require_path,
     shown,
 )
 from edgellama.generate import Chunk, Usage, cancelled, checked_wishes, replied
@@ -82,6 +83,7 @@ class Session:
         all_logits: after each, (len(ids), vocab_size). Raises ParameterError for an id outside
         the vocabulary, ContextOverflow, Cancelled (the cache is as before), ForkedProcess.
         """
+        require_token(cancel)
         checked = self._check(ids)
         with self._turn(cancel, "forward") as session:
             return self._forward(session, checked, all_logits, cancel)
@@ -159,6 +161,7 @@ class Session:
         meanwhile.
         """
         tokenizer = self._model.tokenizer
+        require_token(cancel)
         wishes = checked_wishes(tokenizer, params, max_tokens, stop)  # before the cache is changed
         checked = self._check(ids)
         need, have = len(checked), self._model.info.context
@@ -205,7 +208,8 @@ class Session:
         """
         from edgellama.saved import save_session
 
-        target = _checked_path(path)
+        require_token(cancel)
+        target = Path(require_path("path", path))
         if any(_same_file(target, own) for own in _own_files(self._model)):
             raise ParameterError("this is the model's own file", path=target, field="path")
         with self._turn(cancel, "save") as session:
@@ -243,9 +247,10 @@ def restored(
     from edgellama.saved import restore_session
 
     try:
+        require_token(cancel)
         session, fingerprint = _savable(runtime_session, model)
         ids = restore_session(
-            _checked_path(path),
+            Path(require_path("path", path)),
             session,
             fingerprint=fingerprint,
             context=model.info.context,
@@ -293,13 +298,6 @@ def _checked_ids(ids: "Ids", vocab_size: int) -> list[int]:
         problem = "ids is empty; at least one token is needed"
         raise ParameterError(problem, field="ids", value=ids, allowed="1 or more ids")
     return checked
-
-
-def _checked_path(path: object) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        problem = f"path is {type(path).__name__}; allowed: str or os.PathLike"
-        raise ParameterError(problem, field="path")
-    return Path(path)
 
 
 def _own_files(model: "Model") -> list[Path]:

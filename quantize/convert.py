@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -19,12 +19,13 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellama.control import CancelToken, Progress
+from edgellama.control import CancelToken, Progress, require_progress, require_token
 from edgellama.errors import (
     OutputError,
     ParameterError,
     require_choice,
     require_integer,
+    require_path,
     shown,
 )
 from edgellama.machine import usable_cores
@@ -96,6 +97,8 @@ def quantize(
     Raises ParameterError for arguments, the errors of `open_source`, NonFiniteError naming a
     tensor and a row, OutputError (the old output stays), Cancelled.
     """
+    require_token(cancel)
+    require_progress(progress)
     with prepared(source, output, type, importance, certificate, strict, threads) as job:
         return job.run(cancel, progress)
 
@@ -167,16 +170,18 @@ def prepared(
     require_choice("certificate", certificate, CERTIFICATES)
     workers = usable_cores() if threads is None else require_integer("threads", threads, 1, 1024)
     full = type_name(type)
-    if onnx_target.is_onnx(Path(output)):
+    source, output = Path(require_path("source", source)), Path(require_path("output", output))
+    if onnx_target.is_onnx(output):
         onnx_target.check_type(full)
-    matrix = Path(importance) if isinstance(importance, (str, os.PathLike)) else None
-    check_output(Path(source), Path(output), matrix)
+    if not (importance is None or isinstance(importance, Mapping)):
+        importance = Path(require_path("importance", importance))
+    check_output(source, output, importance if isinstance(importance, Path) else None)
     with open_source(source) as opened:
         weights = _importance(importance, opened)
         planned = plan(opened, type, strict, importance=weighted or weights is not None)
-        if onnx_target.is_onnx(Path(output)):
+        if onnx_target.is_onnx(output):
             planned = onnx_target.fitted(planned)
-        yield Job(opened, Path(output), planned, weights, certificate, workers, started)
+        yield Job(opened, output, planned, weights, certificate, workers, started)
 
 
 def _written(output: Path, streamer: Streamer, witness: Witness | None) -> int:
@@ -254,8 +259,9 @@ def _importance(
     known = {name: weights for name, weights in given.items() if name in source.tensors}
     for name, weights in known.items():
         columns = source.tensors[name].shape[1:]
-        if weights.shape != columns or not (np.isfinite(weights) & (weights >= 0)).all():
-            problem = f"importance of {shown(name)}: shape {list(weights.shape)}"
+        fits = np.shape(weights) == columns and np.asarray(weights).dtype.kind in "fiu"
+        if not fits or not (np.isfinite(weights) & (weights >= 0)).all():
+            problem = f"importance of {shown(name)}: shape {list(np.shape(weights))}"
             allowed = f"{list(columns)}, finite numbers from 0 on"
             raise _other_model(f"{problem}; expected {allowed}", path, allowed)
     if not known:
@@ -304,7 +310,7 @@ def _inputs(source: Path, importance: Path | None) -> Iterator[Path]:
     yield source
     if importance is not None:
         yield importance
-    if source.is_dir():
+    if os.path.isdir(source):  # which raises nothing, whatever the name
         yield from source.iterdir()
     elif match := _PART.fullmatch(source.name):
         stem, count = map(glob.escape, match.groups())

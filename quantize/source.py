@@ -107,12 +107,23 @@ def open_source(path: "str | os.PathLike[str]") -> Source:
     read.
     """
     path = Path(path)
+    _check_reachable(path)
     if not path.is_dir() and (_magic(path) == b"GGUF" or path.suffix.lower() == ".gguf"):
         return _open_gguf(path)  # what is none, but has the name, is refused there
     _refuse_folder_of_gguf(path)
     from edgellama.quantize.checkpoint_source import open_checkpoint_source
 
     return open_checkpoint_source(path)
+
+
+def _check_reachable(path: Path) -> None:
+    """What is not there the readers refuse; here it is what the system will not even look for."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _magic(path: Path) -> bytes:

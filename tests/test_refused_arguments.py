@@ -12,7 +12,8 @@ import pytest
 from tiny import write_tiny
 
 import edgellama
-from edgellama import Model, ParameterError, Sampling, Session
+from edgellama import EdgeLlamaError, Model, ParameterError, Sampling, Session
+from edgellama.quantize import quantize
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -97,3 +98,83 @@ def test_integers_of_numpy_do_as_well(path: Path) -> None:
         assert last.usage is not None and last.usage.completion_tokens == 1
         with pytest.raises(ParameterError, match=r"n = 9; allowed: an integer 0\.\.2"):
             session.truncate(np.int64(9))
+
+
+# --- arguments of another kind -------------------------------------------------------------------
+
+
+class BytesPath:
+    def __fspath__(self) -> bytes:
+        return b"x"
+
+
+HUGE = 10**5000
+CALLS: dict[str, tuple[Callable[[Model, Session, Any], Any], list[Any]]] = {
+    "cancel": (lambda m, s, x: s.forward([1], cancel=x), [True, 5, np.array([1, 2])]),
+    "cancel: save": (lambda m, s, x: s.save("x", cancel=x), [True]),
+    "cancel: restore": (lambda m, s, x: m.restore("x", cancel=x), [True]),
+    "cancel: reply": (lambda m, s, x: s.generate([1], cancel=x), [True]),
+    "cancel: fitted": (lambda m, s, x: m.fitted(MESSAGES, template=TEMPLATE, cancel=x), [True]),
+    "cancel: encode": (lambda m, s, x: m.tokenizer.encode("a", cancel=x), [True]),
+    "path": (lambda m, s, x: s.save(x), [None, 5, b"x", BytesPath()]),
+    "path: restore": (lambda m, s, x: m.restore(x), [None, 5, b"x", BytesPath()]),
+    "ids": (lambda m, s, x: m.tokenizer.decode(x), [None, 5, np.array(3)]),
+    "text": (lambda m, s, x: m.tokenizer.token_id(x), [None, [], {}]),
+    "template": (lambda m, s, x: m.chat(MESSAGES, template=x), [[], {}, HUGE, 5]),
+}
+LOADS: dict[str, list[Any]] = {
+    "path": [None, 5, b"x", BytesPath()],
+    "kv_type": [[], None, HUGE, "f17"],
+    "dtype": [np.array([1, 2]), [], HUGE],
+    "accuracy": [np.array([1, 2]), [], HUGE, True, 5, "4"],
+    "threads": [np.array([1, 2]), [], HUGE],
+    "context": [np.array([1, 2]), [], HUGE],
+    "progress": [True, "x"],
+    "cancel": [True, "x"],
+    "deterministic": [1, "x", None],
+}
+CONVERSIONS: dict[str, list[Any]] = {
+    "source": [None, 5, b"x", BytesPath()],
+    "output": [None, 5, b"x", BytesPath()],
+    "importance": [True, 5, b"x", [], {"output.weight": "x"}, {"output.weight": None}],
+    "progress": [True, "x"],
+    "cancel": [True, "x"],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_name_what_is_wrong(model: Model, name: str) -> None:
+    call, values = CALLS[name]
+    with model.session() as session:
+        for value in values:
+            with pytest.raises(ParameterError) as caught:
+                call(model, session, value)
+            assert caught.value.field == name.split(":")[0]
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_load_names_what_is_wrong(path: Path, name: str) -> None:
+    for value in LOADS[name]:
+        for runtime in ("auto", "reference") if name == "dtype" else ("auto",):
+            with pytest.raises(ParameterError) as caught:
+                edgellama.load(**{"path": path, "runtime": runtime} | {name: value})
+            assert caught.value.field == name
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_quantize_names_what_is_wrong(path: Path, tmp_path: Path, name: str) -> None:
+    usual = {"source": path, "output": tmp_path / "x.gguf", "type": "Q8_0", "certificate": "none"}
+    for value in CONVERSIONS[name]:
+        with pytest.raises(ParameterError) as caught:
+            quantize(**usual | {name: value})
+        assert caught.value.field == name
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["source", "importance"])
+@pytest.mark.parametrize("value", ["\0", "\ud800", "a" * 5000, "nowhere"])
+def test_names_that_no_file_has(path: Path, tmp_path: Path, name: str, value: str) -> None:
+    usual = {"source": path, "output": tmp_path / "x.gguf", "type": "Q8_0", "certificate": "none"}
+    with pytest.raises(EdgeLlamaError):
+        quantize(**usual | {name: value})
+    assert list(tmp_path.iterdir()) == []
