@@ -31,6 +31,7 @@ from edgellama.errors import Cancelled, EdgeLlamaError, ParameterError
 from edgellama.paths import DEFAULT_MODEL
 
 app = typer.Typer(
+    cls=options.Commands,
     help="Run quantized LLaMA-family models on your own machine, offline.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from edgellama.cli.terminal import Terminal
 from edgellama.errors import require_choice
@@ -59,9 +60,9 @@ def _choice(name: str, home: str, choices: str, **more: Any) -> Any:
     It is compared before a model is looked for, and its module imported only then.
     """
 
-    def given(value: str | None) -> str | None:
+    def given(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> str | None:
         known = getattr(import_module(f"edgellama.{home}"), choices)
-        return value and require_choice(name.removeprefix("--").replace("-", "_"), value, known)
+        return value and require_choice(set_by(ctx, param) or str(param.name), value, known)
 
     return _twin(name, callback=given, **more)
 
@@ -76,6 +77,25 @@ def typed(ctx: typer.Context, name: str) -> bool:
     """Whether an option stood on the command line, and not in the environment."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def set_by(ctx: Any, param: Any) -> str | None:
+    """The environment variable that gave an option its value; None if another place did."""
+    source = ctx.get_parameter_source(param.name)
+    found: str | None = param.envvar
+    return found if source is not None and source.name == "ENVIRONMENT" else None
+
+
+class Commands(TyperGroup):
+    """All commands; what is wrong with a value is told of the place that it comes from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if error.param is not None and error.ctx is not None:
+                error.param_hint = set_by(error.ctx, error.param) or error.param_hint
+            raise
 
 
 def _sampling(name: str, *shorts: str, default: str, help: str) -> Any:

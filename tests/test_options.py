@@ -191,7 +191,38 @@ def test_a_wrong_twin_is_told_too(
 ) -> None:
     monkeypatch.setenv("EDGELLAMA_RUNTIME", "onx")
     assert run(["run", "nowhere.gguf", "hi"]) == 2
-    assert "Did you mean onnx?" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "Did you mean onnx?" in err and "EDGELLAMA_RUNTIME = 'onx'" in err
+    assert run(["run", "nowhere.gguf", "hi", "--runtime", "onx"]) == 2
+    assert "EDGELLAMA_RUNTIME" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value"),
+    [
+        ("run", "THREADS", "0"),
+        ("run", "MAX_TOKENS", "many"),
+        ("estimate", "CONTEXT", "x"),
+        ("doctor", "JSON", "perhaps"),
+    ],
+)
+def test_a_wrong_twin_is_blamed_itself(
+    command: str,
+    name: str,
+    value: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(f"EDGELLAMA_{name}", value)
+    words = [] if command == "doctor" else ["nowhere.gguf"]
+    assert run([command, *words]) == 2
+    err = capsys.readouterr().err
+    option = "--" + name.lower().replace("_", "-")
+    assert f"EDGELLAMA_{name}" in err and option not in err
+    if command != "doctor":
+        assert run([command, *words, option, "no number"]) == 2
+        err = capsys.readouterr().err
+        assert option in err and f"EDGELLAMA_{name}" not in err
 
 
 @pytest.mark.parametrize(
