@@ -42,9 +42,9 @@ def show_difference(terminal: Terminal, file: str, other: str | None, choices: C
             idle=display.remind,
         )
     if terminal.json:
-        terminal.document(document(found))
+        terminal.document(document(found) | {"path": str(path), "other": str(second or path)})
     else:
-        terminal.write(report(found))
+        terminal.write(report(found, path, second))
     if found.first is not None:
         raise typer.Exit(1)
 
@@ -63,11 +63,21 @@ def _node(node: NodeDistance) -> dict[str, Any]:
     return dataclasses.asdict(node) | {"nmse": nmse}
 
 
-def report(found: Difference) -> str:
-    pair = f"{found.a} and {found.b}"
+def report(found: Difference, path: Path, second: Path | None) -> str:
+    """One line; where two files are compared, with their names."""
+    names = found.a, found.b
+    if second is not None:
+        files = told_apart(path, second)
+        names = f"{files[0]} ({found.a})", f"{files[1]} ({found.b})"
+    pair = " and ".join(names)
     if found.first is None:
         largest = max(found.nodes, key=lambda node: node.nmse)
         agreed = f"{pair} agree in {len(found.nodes)} values of {found.tokens} tokens"
         return f"{agreed}; furthest apart: {largest} (allowed {found.tolerance:.1e})\n"
     before = f"; before it {found.before}" if found.before else ""
     return f"{pair} part at {found.first} (allowed {found.tolerance:.1e}){before}\n"
+
+
+def told_apart(path: Path, other: Path) -> tuple[str, str]:
+    """The names of two files; of those that have one name, the paths."""
+    return (str(path), str(other)) if path.name == other.name else (path.name, other.name)

@@ -214,10 +214,17 @@ def test_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "reference and cpu agree in 37 values" in capsys.readouterr().out
     other = str(injected(tmp_path, "F32", "blk.1.ffn_up.weight"))
     assert run(["diff", str(models / "F32.gguf"), other, *pair]) == 1
-    assert "reference and cpu part at blk.1.ffn_up (unfused)" in capsys.readouterr().out
+    told = "F32.gguf (reference) and F32-blk.1.ffn_up.weight.gguf (cpu) part at blk.1.ffn_up (unf"
+    assert told in capsys.readouterr().out
+    namesake = tmp_path / "F32.gguf"
+    namesake.write_bytes((models / "F32.gguf").read_bytes())
+    assert run(["diff", str(models / "F32.gguf"), str(namesake), *pair]) == 0
+    told = f"{models / 'F32.gguf'} (reference) and {namesake} (cpu) agree in 37 values"
+    assert told in capsys.readouterr().out
     assert run(["diff", str(models / "F32.gguf"), other, *pair, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["agree"] is False and document["first"]["name"] == "blk.1.ffn_up"
+    assert (document["path"], document["other"]) == (str(models / "F32.gguf"), other)
     assert document["nodes"][0] == {"name": "token_embd", "stage": "unfused", "nmse": 0.0}
     for wrong in ("tpu", "cpu:cuda", "onnx:"):
         assert run(["diff", str(models / "F32.gguf"), "--a", wrong]) == 2
@@ -248,3 +255,17 @@ def test_a_text_that_cannot_be_read(
     assert run(["diff", str(models / "F32.gguf"), *text]) == status
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+def test_a_folder_is_for_the_side_of_onnx(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_onnx()
+    file, folder = str(models / "Q4_0.gguf"), str(tmp_path / "Q4_0.onnx")
+    assert run(["quantize", file, folder, "--type", "Q4_0", "--certificate", "none"]) == 0
+    capsys.readouterr()
+    for words in ([file, folder], [folder, file, "--a", "onnx", "--b", "cpu"]):
+        assert run(["diff", *words]) == 0
+        assert "Q4_0.onnx (onnx)" in capsys.readouterr().out
+    assert run(["diff", folder]) != 0
+    assert "runtime = 'cpu' runs .gguf files" in capsys.readouterr().err
