@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import Environment
-from jinja2.filters import do_float, do_int
+from jinja2.filters import do_float, do_indent, do_int, do_title
 from jinja2.runtime import Undefined
 
 STEP = 32  # the price of doing anything at all; a character costs 1
@@ -129,15 +129,20 @@ def _default(env: "Worker", value: Any, other: Any = "", boolean: bool = False) 
     return other if isinstance(value, Undefined) or (boolean and not value) else value
 
 
-def _indent(env: "Worker", value: Any, width: int = 4, first: bool = False) -> str:
+def _indent(
+    env: "Worker", value: Any, width: int = 4, first: bool = False, blank: bool = False
+) -> str:
     if type(width) is not int or not 0 <= width <= 64:
         raise NotAllowed("indent by something else than 0..64 spaces")
-    lines = as_text(env.budget, value).splitlines()
-    env.budget.spend((width + STEP) * len(lines))
-    space = " " * width
-    return "\n".join(
-        (space if (n or first) and line else "") + line for n, line in enumerate(lines)
-    )
+    text = as_text(env.budget, value)
+    env.budget.spend(len(text) + (width + STEP) * (len(text.splitlines()) + 1))
+    return do_indent(text, width, bool(first), bool(blank))
+
+
+def _title(env: "Worker", value: Any) -> str:
+    text = as_text(env.budget, value)
+    env.budget.spend(STEP * len(text))  # each character may be a word
+    return do_title(text)
 
 
 def _attribute(env: "Worker", item: Any, path: Any) -> Any:
@@ -187,12 +192,25 @@ def _text(function: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
-def _sorted(env: "Worker", value: Any, reverse: bool = False, attribute: Any = None) -> list[Any]:
+def _sorted(
+    env: "Worker",
+    value: Any,
+    reverse: bool = False,
+    case_sensitive: bool = False,
+    attribute: Any = None,
+) -> list[Any]:
     items = as_items(env.budget, value)
     env.budget.charge_all(items)
-    if attribute is None:
-        return sorted(items, reverse=bool(reverse))
-    return sorted(items, key=lambda item: _attribute(env, item, attribute), reverse=bool(reverse))
+    paths = [] if attribute is None else str(attribute).split(",")
+    env.budget.spend(STEP * len(items) * len(paths))
+
+    def key(item: Any) -> list[Any]:
+        parts = [_attribute(env, item, path) for path in paths] or [item]
+        if case_sensitive:
+            return parts
+        return [part.lower() if isinstance(part, str) else part for part in parts]
+
+    return sorted(items, key=key, reverse=bool(reverse))
 
 
 def _first(env: "Worker", value: Any) -> Any:
@@ -229,7 +247,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "trim": _text(str.strip),
     "upper": _text(str.upper),
     "lower": _text(str.lower),
-    "title": _text(str.title),
+    "title": _title,
     "capitalize": _text(str.capitalize),
     "string": _text(str),
     "safe": _text(str),
