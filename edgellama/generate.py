@@ -166,7 +166,8 @@ def generate(
     NonFiniteError while iterating.
     """
     if not ids:
-        raise ParameterError("the prompt has no tokens", field="ids", allowed="1 or more ids")
+        problem, allowed = "the prompt has no tokens", "1 or more ids"
+        raise ParameterError(problem, field="ids", value=ids, allowed=allowed)
     wishes = checked_wishes(tokenizer, sampling, max_tokens, stop)
     _check_room(session, len(ids), context)
     return replied(

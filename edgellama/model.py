@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, Unpack
 
 from edgellama.chat import FROM_FILE, NO_TEMPLATE, ChatTemplate, template_from_gguf
 from edgellama.control import CancelToken, require_token
-from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError, shown
+from edgellama.errors import Cancelled, ForkedProcess, ParameterError, TemplateError
 from edgellama.formats import ChatFormat
 from edgellama.formats_named import chosen_template
 from edgellama.generate import Chunk, cancelled
@@ -170,7 +170,7 @@ class Model:
             raise ParameterError(
                 f"prompt is {type(prompt).__name__}; expected text or token ids",
                 field="prompt",
-                value=shown(prompt),
+                value=prompt,
                 allowed="a str or a sequence of ids",
             )
         return own.generate(prompt, params, max_tokens=max_tokens, stop=stop, cancel=cancel)
@@ -248,10 +248,12 @@ class Model:
         if session is None:
             return self.session()
         if not isinstance(session, Session):
-            problem = f"session is {type(session).__name__}; allowed: a Session or None"
-            raise ParameterError(problem, field="session")
+            allowed = "a Session or None"
+            problem = f"session is {type(session).__name__}; allowed: {allowed}"
+            raise ParameterError(problem, field="session", value=session, allowed=allowed)
         if session.model is not self:
-            raise ParameterError("the session belongs to another model", field="session")
+            problem, allowed = "the session belongs to another model", "a session of this one"
+            raise ParameterError(problem, field="session", value=session, allowed=allowed)
         return session
 
     def chat_ids(

@@ -163,20 +163,23 @@ def chosen_runtime(
     require_choice("runtime", runtime, RUNTIMES)
     require_choice("device", device, DEVICES)
     if not isinstance(deterministic, bool):
-        problem = f"deterministic is {shown(deterministic)}; allowed: True, False"
-        raise ParameterError(problem, field="deterministic")
+        allowed = "True, False"
+        problem = f"deterministic is {shown(deterministic)}; allowed: {allowed}"
+        raise ParameterError(problem, field="deterministic", value=deterministic, allowed=allowed)
     chosen = "cpu" if runtime == "auto" else runtime
     if device == "cuda" or (runtime == "auto" and accuracy is not None):
         require_choice("runtime", runtime, ("auto", "onnx"))
         chosen = "onnx"
     owners = ("onnx",) if device == "cuda" else ("reference",)
-    for name, wanted, fitting in (
-        ("dtype", dtype is not None, owners),
-        ("deterministic", deterministic, ("cpu",)),
-        ("accuracy", accuracy is not None, ("onnx",)),
+    for name, value, unset, fitting in (
+        ("dtype", dtype, None, owners),
+        ("deterministic", deterministic, False, ("cpu",)),
+        ("accuracy", accuracy, None, ("onnx",)),
     ):
-        if wanted and chosen not in fitting:
-            raise ParameterError(f"{name} is for the {fitting[0]} runtime only", field=name)
+        if value is not unset and chosen not in fitting:
+            problem = f"{name} is for the {fitting[0]} runtime only"
+            allowed = f"{unset} for {chosen}"
+            raise ParameterError(problem, field=name, value=value, allowed=allowed)
     return chosen
 
 

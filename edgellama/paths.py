@@ -103,10 +103,14 @@ def model_path(name_or_path: str | Path) -> Path:
     """
     text = os.fspath(name_or_path)
     if not text or "\0" in text:
-        raise ParameterError(f"the model is {shown(text)}", allowed="a file, a folder or a name")
+        problem, allowed = f"the model is {shown(text)}", "a file, a folder or a name"
+        raise ParameterError(problem, field="path", value=text, allowed=allowed)
     if "://" in text:
         raise ParameterError(
             f"{shown(text)} is an address, not a local file",
+            field="path",
+            value=text,
+            allowed="a file, a folder or a name",
             hint="Download it first; `edgellama pull ORG/REPO/FILE.gguf` fetches from the hub",
         )
     path = _existing(Path(text))

@@ -96,7 +96,12 @@ class Sampler:
         for token in sampling.logit_bias:
             checked_integer("logit_bias id", token, 0, vocab_size - 1)
         if list(sampling.logit_bias.values()).count(-math.inf) == vocab_size:
-            raise ParameterError("logit_bias bans every token", field="logit_bias")
+            raise ParameterError(
+                "logit_bias bans every token",
+                field="logit_bias",
+                value=sampling.logit_bias,
+                allowed="at least one token above -inf",
+            )
         self._dry = Dry(
             sampling.dry_multiplier,
             sampling.dry_base,

@@ -145,7 +145,8 @@ class Sampling:
                 value = getattr(self, name)
                 if step not in self.order and value not in (off, defaults[name]):
                     problem = f"{name} is {value:g}, but order leaves out {step}"
-                    raise ParameterError(problem, field=name, value=value)
+                    allowed = f"{off:g}, or an order with {step}"
+                    raise ParameterError(problem, field=name, value=value, allowed=allowed)
 
     def does(self, step: str) -> bool:
         """Whether this step of `order` changes anything."""

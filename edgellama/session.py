@@ -211,7 +211,10 @@ class Session:
         require_token(cancel)
         target = Path(require_path("path", path))
         if any(_same_file(target, own) for own in _own_files(self._model)):
-            raise ParameterError("this is the model's own file", path=target, field="path")
+            problem, allowed = "this is the model's own file", "another file"
+            raise ParameterError(
+                problem, path=target, field="path", value=os.fspath(path), allowed=allowed
+            )
         with self._turn(cancel, "save") as session:
             saving, fingerprint = _savable(session, self._model)
             save_session(target, saving, self._ids, fingerprint, cancel)

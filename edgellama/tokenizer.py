@@ -138,7 +138,8 @@ class Tokenizer:
         for part, _ in parts:
             _check_text(part)
         if bos and self.bos is None:
-            raise ParameterError("bos=True, but this tokenizer has no BOS token", field="bos")
+            problem = "bos=True, but this tokenizer has no BOS token"
+            raise ParameterError(problem, field="bos", value=True, allowed="False")
         ids = [self.bos] if bos and self.bos is not None else []
         text, at, passed = "".join(part for part, _ in parts), 0, 0
         for part, special in parts:
@@ -262,7 +263,7 @@ class Stream:
 def _check_text(text: str) -> None:
     if not isinstance(text, str):
         raise ParameterError(
-            f"text is {type(text).__name__}; expected str", field="text", allowed="str"
+            f"text is {type(text).__name__}; expected str", field="text", value=text, allowed="str"
         )
     try:
         text.encode()

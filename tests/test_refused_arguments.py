@@ -57,7 +57,8 @@ def test_a_refused_reply_leaves_the_cache(
         session.forward([1, 5, 6, 7, 8])
         with pytest.raises(ParameterError) as caught:
             call(model, session, **options)
-        assert caught.value.field == field
+        assert caught.value.field == field and caught.value.allowed
+        assert caught.value.value is not None
         assert session.ids == (1, 5, 6, 7, 8)
 
 
@@ -150,6 +151,7 @@ def test_calls_name_what_is_wrong(model: Model, name: str) -> None:
             with pytest.raises(ParameterError) as caught:
                 call(model, session, value)
             assert caught.value.field == name.split(":")[0]
+            assert caught.value.value is value and caught.value.allowed
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -159,6 +161,29 @@ def test_load_names_what_is_wrong(path: Path, name: str) -> None:
             with pytest.raises(ParameterError) as caught:
                 edgellama.load(**{"path": path, "runtime": runtime} | {name: value})
             assert caught.value.field == name
+            assert caught.value.value is value and caught.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"runtime": "cpu", "dtype": "float64"}, "dtype"),
+        ({"runtime": "cpu", "accuracy": 0}, "accuracy"),
+        ({"runtime": "reference", "deterministic": True}, "deterministic"),
+    ],
+)
+def test_options_of_another_runtime(path: Path, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(ParameterError, match="runtime only") as caught:
+        edgellama.load(path, **options)
+    assert (caught.value.field, caught.value.value) == (field, options[field])
+    assert caught.value.allowed
+
+
+def test_a_wrong_id_is_in_the_error(model: Model) -> None:
+    with pytest.raises(ParameterError) as caught:
+        model.session().forward([1, 288])
+    assert (caught.value.field, caught.value.value) == ("ids", 288)
+    assert caught.value.allowed == "integers 0..287"
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
