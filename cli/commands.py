@@ -4,6 +4,7 @@ A command's docstring is its page in `/help`. Commands tell the person on stderr
 they raise.
 """
 
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -50,8 +51,15 @@ class Command:
     def page(self) -> str:
         heading = f"/{self.name} {self.arguments}".rstrip()
         also = f" (also {', '.join(f'/{name}' for name in self.also)})" if self.also else ""
-        lines = (self.action.__doc__ or self.help).splitlines()
-        return "\n".join([f"{heading}{also}", *(line.strip() for line in lines)]).rstrip()
+        return f"{heading}{also}\n{_flowing(self.action.__doc__ or self.help)}"
+
+
+def _flowing(text: str) -> str:
+    """A docstring with a line for each paragraph, for the terminal to break; what is indented
+    stays as it is.
+    """
+    lines = re.split(r"\n{2,}", inspect.cleandoc(text))
+    return "\n\n".join(each if each[:1] == " " else each.replace("\n", " ") for each in lines)
 
 
 COMMANDS: dict[str, Command] = {}  # by name, in the order of /help
@@ -188,7 +196,8 @@ def _set(chat: "Chat", text: str) -> None:
     stop, overflow (error, shift, drop-oldest). Without VALUE, show the setting; without NAME, all.
     The value "default" takes back what was set, "none" empties it where that is possible.
 
-    /set temperature 0     /set seed 7     /set stop "\\n\\n"     /set logit_bias 5=-inf,9=1.5
+        /set temperature 0     /set seed 7
+        /set stop "\\n\\n"       /set logit_bias 5=-inf,9=1.5
     """
     name, _, value = text.partition(" ")
     if not name:

@@ -23,10 +23,10 @@ def show_findings(terminal: Terminal) -> None:
     for title, lines in _sections(found):
         terminal.write(f"{title}\n")
         for label, text in lines:
-            terminal.write(f"  {label:<20} {text}\n")
+            terminal.write_lines(f"  {label:<20} {text}\n")
     terminal.write("problems\n")
     for problem, advice in found.problems:
-        terminal.write(f"  - {problem}\n    {advice}\n")
+        terminal.write_lines(f"  - {problem}\n    {advice}\n")
     if not found.problems:
         terminal.write("  none\n")
 

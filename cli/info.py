@@ -38,7 +38,7 @@ def show_info(terminal: Terminal, name: str) -> None:
         terminal.document(facts)
         return
     for label, text in _lines(facts):
-        terminal.write(f"{label:<11} {text}\n")
+        terminal.write_lines(f"{label:<11} {text}\n")
     for warning in facts["warnings"]:
         terminal.note(f"warning: {warning}")
 

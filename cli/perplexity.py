@@ -1,6 +1,7 @@
 """`edgellama perplexity`: how well a model predicts a text, alone or against a base model."""
 
 import dataclasses
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -112,4 +113,12 @@ def _cell(figures: Figures, name: str) -> list[str]:
     value = estimate.value / scale
     if estimate.error is None:
         return [f"{value:.6g}{unit}"]
-    return [f"{value:.6g} ± {estimate.error / scale:.2g}{unit}"]
+    return [f"{with_error(value, estimate.error / scale)}{unit}"]
+
+
+def with_error(value: float, error: float) -> str:
+    """Both to the second digit of the error: the others say nothing."""
+    if not 1e-9 < error < math.inf:
+        return f"{value:.6g} ± {error:.2g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"

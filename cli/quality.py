@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgellama.perplexity import Quality
     from edgellama.quantize.convert import Job, Report
 
-COLUMNS = (  # a figure, its name, digits, scale
+FIGURES = (  # a figure, its name, digits, scale
     ("perplexity", "perplexity", 2, 1),
     ("base_perplexity", "of the source", 2, 1),
     ("kl_mean", "KL mean", 4, 1),
@@ -162,17 +162,17 @@ class Around:
         }
 
 
-def row(report: "Report", quality: "Quality") -> str:
-    """Two lines: names of columns, and what this conversion came to."""
+def figure_lines(report: "Report", quality: "Quality") -> str:
+    """What this conversion came to, a figure in a line."""
     figures = quality.figures
     cells = {
         "type": report.type,
         "MB": f"{report.bytes / 1e6:.1f}",
         "bits/weight": f"{report.bits_per_weight:.2f}",
     }
-    for figure, name, digits, scale in COLUMNS:
+    for figure, name, digits, scale in FIGURES:
         cells[name] = _cell(getattr(figures, figure), digits, scale)
-    return "".join(f"{line}\n" for line in aligned([list(cells), list(cells.values())]))
+    return "".join(f"{line}\n" for line in aligned(list(cells.items())))
 
 
 def _cell(estimate: "Estimate | None", digits: int, scale: float) -> str:

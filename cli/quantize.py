@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgellama.cli.background import in_background
-from edgellama.cli.quality import Around, Extras, row
+from edgellama.cli.quality import Around, Extras, figure_lines
 from edgellama.cli.spelling import aligned
 from edgellama.cli.terminal import Display, Terminal
 from edgellama.control import CancelToken, Progress
@@ -55,7 +55,7 @@ def run_quantize(
             quality = stage(around.measured)
             document["quality"] = dataclasses.asdict(quality)
             if not terminal.json:
-                terminal.write(row(report, quality))
+                terminal.write(figure_lines(report, quality))
     if terminal.json:
         terminal.document(document)
 

@@ -85,9 +85,16 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """The command's own output, as it comes."""
+        self._write(text, self._words)
+
+    def write_lines(self, text: str) -> None:
+        """Whole lines of it: what stands behind a label goes on below itself."""
+        self._write(text, Wrapping(lambda: columns(sys.stdout), hanging=True))
+
+    def _write(self, text: str, words: Wrapping) -> None:
         if not text:
             return
-        shown = self._words.fit(safe(text)) if sys.stdout.isatty() else text
+        shown = words.fit(safe(text)) if sys.stdout.isatty() else text
         _print(sys.stdout, shown)
         self.ended_line = shown.endswith("\n") if shown else self.ended_line
 

@@ -21,7 +21,8 @@ class Wrapping:
     def __init__(self, columns: Callable[[], int], hanging: bool = False) -> None:
         """`columns`: the terminal's width now; 0 if not known, and then nothing is broken.
 
-        `hanging`: what follows several spaces, as behind a label, goes on below itself.
+        `hanging`: what follows several spaces, as behind a label or an indentation, goes on below
+        itself.
         """
         self._columns, self._hanging = columns, hanging
         self._indent = 0  # of what goes on
@@ -65,7 +66,7 @@ class Wrapping:
         if end >= columns and self._column:
             self._column = columns - 1
             return ""
-        if self._hanging and self._column and len(spaces) > 1 and end < columns // 2:
+        if self._hanging and len(spaces) > 1 and end < columns // 2:
             self._indent = end
         self._column = end
         return spaces

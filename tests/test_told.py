@@ -1,5 +1,6 @@
 """What a user is told: errors say what the thing given really is, and what can be done here."""
 
+import contextlib
 import io
 import json
 import os
@@ -14,7 +15,9 @@ from tiny import tiny_config, write_tiny
 
 import edgellama
 from edgellama.cli import report
+from edgellama.cli.commands import COMMANDS
 from edgellama.cli.main import run
+from edgellama.cli.perplexity import with_error
 from edgellama.cli.reply import compiled
 from edgellama.estimate import KV_ALLOWED, KV_TYPES, estimate
 
@@ -281,6 +284,7 @@ def test_an_onnx_folder_is_not_called_a_gguf_file(tmp_path: Path, capsys: Captur
 
 
 KERNELS = """
+from edgellama.cli.perplexity import with_error
 from edgellama.cli.reply import compiled
 from edgellama.runtimes import kernel_cache
 assert kernel_cache._folder() is None
@@ -295,3 +299,61 @@ def test_kernels_that_cannot_be_kept_are_not_compiled_once(tmp_path: Path) -> No
     words = [sys.executable, "-c", KERNELS]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=100)
     assert done.stdout == "Compiled the kernels for this processor in 2.0 s.\n", done.stderr
+
+
+def test_help_leaves_lines_to_the_terminal() -> None:
+    """But those of examples, which fit the narrowest usual one."""
+    heading, about, examples = COMMANDS["set"].page.split("\n", 2)
+    assert heading == "/set [NAME [VALUE]]" and about.endswith("where that is possible.")
+    assert examples.startswith("\n    /set temperature 0  ")
+    assert all(len(line) < 80 for line in examples.splitlines())
+    assert COMMANDS["undo"].page.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (12.5503, 1.4, "12.6 ± 1.4"),
+        (0.153812, 0.0042, "0.1538 ± 0.0042"),
+        (1234.5678, 157.0, "1235 ± 157"),
+        (9.99, 0.0, "9.99 ± 0"),
+    ],
+)
+def test_digits_that_the_error_supports(value: float, error: float, shown: str) -> None:
+    assert with_error(value, error) == shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("command", [("info",), ("doctor",)])
+def test_long_values_hang_below_themselves(command: tuple[str, ...], model: Path) -> None:
+    """At 60 columns, where some are too long everywhere."""
+    given = [*command, str(model)] if command == ("info",) else [*command]
+    rows = _at_a_terminal([sys.executable, "-m", "edgellama", *given], columns=60)
+    labels = ("file", "model", "parameters", "tensors", "layers", "context", "vocabulary")
+    labels += ("tokens", "memory", "chat", "template", "certificate")
+    for row in rows:
+        known = row.startswith(labels) if command == ("info",) else row[:2] != "  "
+        assert known or row.startswith(" "), row
+        assert len(row) <= 60 or "/" in row  # a long path is not broken
+    assert any(row.startswith(" " * 12) for row in rows)
+
+
+def _at_a_terminal(words: list[str], columns: int) -> list[str]:
+    """What a command shows, a line each; it says nothing on stderr."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = os.environ | {"TERM": "xterm"}
+    said = b""
+    with subprocess.Popen(words, stdin=theirs, stdout=theirs, env=environment) as child:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # EIO: the child has gone
+            while piece := os.read(ours, 1 << 16):
+                said += piece
+    os.close(ours)
+    assert child.returncode == 0
+    return said.decode().replace("\r\n", "\n").rstrip("\n").split("\n")

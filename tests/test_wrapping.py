@@ -59,9 +59,10 @@ def test_scripts_without_spaces_fill_their_lines() -> None:
 
 
 def test_what_stands_behind_a_label_goes_on_below_itself() -> None:
-    text = "context  8192 tokens of 8192\nno label, so no margin"
+    text = "context  8192 tokens of 8192\n   and what is indented\nno label, so no margin"
     labelled = ["context  8192", "         tokens of", "         8192"]
-    assert shown([text], hanging=True) == [*labelled, "no label, so no", "margin"]
+    indented = ["   and what is", "   indented"]
+    assert shown([text], hanging=True) == [*labelled, *indented, "no label, so no", "margin"]
 
 
 def test_an_unknown_width_changes_nothing() -> None:
