@@ -23,6 +23,7 @@ from edgellama.runtimes.onnx_device import FAST_PRODUCTS, Device, bindings, plac
 from edgellama.runtimes.onnx_folder import OnnxFolder
 from edgellama.runtimes.onnx_lowering import Manner, cache_width, lower
 from edgellama.runtimes.ort_cuda import CudaSession
+from edgellama.runtimes.ort_ending import under_way
 from edgellama.runtimes.ort_session import QUIET, OrtSession, translated, watching
 
 ANGLES = 1024  # positions whose angles are computed at once, when they are first needed
@@ -63,8 +64,12 @@ class Ort:
         api, options = self.api, self._session_options()
         if self.options.cancel:
             self.options.cancel.check("load")
+
+        def end() -> None:
+            options.set_load_cancellation_flag(True)
+
         try:
-            with watching(self.options.cancel, lambda: options.set_load_cancellation_flag(True)):
+            with under_way(end), watching(self.options.cancel, end):
                 session = api.InferenceSession(model, options, providers=self.device.providers)
         except Exception as error:
             if self.options.cancel:

@@ -24,6 +24,7 @@ from edgellama.errors import (
     UnsupportedModelError,
 )
 from edgellama.runtimes.onnx_lowering import LOGITS, cache_names, cache_width, new_name
+from edgellama.runtimes.ort_ending import under_way
 
 if TYPE_CHECKING:
     from edgellama.runtimes.ort import Ort
@@ -158,13 +159,17 @@ class OrtSession:
         self.past[0], self.total[()] = total - 1, total
         options = self.options(binding)
         watched = cancel if n > 1 or self.seconds > _SLOW else None
+
+        def end() -> None:
+            options.terminate = True
+
         try:
             with model.turns.turn(cancel, "forward"):
                 options.terminate = False
                 self._check(cancel)
                 model.angles.need(total)
                 start = time.monotonic()
-                with watching(watched, self.terminate):
+                with under_way(end), watching(watched, self.terminate):
                     model.opened().run_with_iobinding(binding, options)
                 self.seconds = time.monotonic() - start if n == 1 else self.seconds
         except BaseException as error:
