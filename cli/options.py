@@ -116,6 +116,9 @@ Threads = Annotated[
 Context = Annotated[
     int | None, _twin("--context", min=1, show_default="what fits", help="Tokens kept in mind.")
 ]
+EstimatedContext = Annotated[
+    int | None, _twin("--context", min=1, show_default="the model's own", help="Tokens in use.")
+]
 
 MaxTokens = Annotated[
     int | None, _twin("--max-tokens", "-n", min=1, help="Stop after this many tokens.")
@@ -287,9 +290,7 @@ Tolerance = Annotated[
 ]
 Accuracy = Annotated[int, _twin("--accuracy", help="Of onnx: 0 float32, 4 activations of 8 bits.")]
 KvType = Annotated[str, _choice("--kv-type", "estimate", "KV_TYPES", help="f16, f32 or q8_0.")]
-Types = Annotated[
-    str | None, _twin("--types", help="Types of weights instead: Q4_K_M,Q8_0, or all.")
-]
+Types = Annotated[str | None, _twin("--types", help="Types of weights, too: Q4_K_M,Q8_0, or all.")]
 Into = Annotated[
     Path | None, _twin("--into", help="A folder to ship with an app, for all processors.")
 ]

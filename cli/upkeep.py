@@ -17,7 +17,7 @@ def estimate(
     runtime: options.Runtime = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
-    context: options.Context = None,
+    context: options.EstimatedContext = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

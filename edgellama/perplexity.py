@@ -70,15 +70,15 @@ def read_text(
     """A text file as perplexity wants it: UTF-8, one final line break dropped, as llama.cpp does.
 
     With `chunks`, only as much of its beginning as holds so many chunks of `context` tokens.
-    Raises ParameterError for other bytes or too many, EdgeLlamaError for a file that cannot be
-    read, a folder, pipe or device among them.
+    Raises EdgeLlamaError for other bytes or too many, and for a file that cannot be read, a
+    folder, pipe or device among them.
     """
     path = Path(path)
     most = MOST_BYTES if chunks is None else BYTES_A_TOKEN * (_needed(chunks, context) + MARGIN)
     data = read_start(path, min(most, MOST_BYTES) + 1, EdgeLlamaError, wanted="a text file")
     whole = len(data) <= most
     if len(data) > MOST_BYTES:
-        raise ParameterError(
+        raise EdgeLlamaError(
             f"the text is longer than {MOST_BYTES} bytes",
             path=path,
             allowed=f"at most {MOST_BYTES} bytes",
@@ -87,7 +87,7 @@ def read_text(
     try:  # not as text: that would rewrite line breaks
         text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
     except UnicodeDecodeError as error:
-        raise ParameterError(
+        raise EdgeLlamaError(
             f"is not UTF-8 text: byte {data[error.start]} at {error.start}", path=path
         ) from None
     return text.removesuffix("\n") if whole else text
@@ -99,13 +99,13 @@ def chunked(
     """The text's ids in chunks of `context`, BOS in each one's first place if the model wants it.
 
     A rest that fills no chunk is left out; `limit` takes the first chunks only. Raises
-    ParameterError for a text of fewer than two chunks, whatever the limit, as llama.cpp does.
+    EdgeLlamaError for a text of fewer than two chunks, whatever the limit, as llama.cpp does.
     """
     most = MOST_CHUNKS if limit is None else require_integer("chunks", limit, 1, MOST_CHUNKS)
     bos = tokenizer.bos if tokenizer.add_bos else None
     ids = _first_ids(tokenizer, text, _needed(most, context), bos is not None)
     if len(ids) < 2 * context:
-        raise ParameterError(
+        raise EdgeLlamaError(
             f"the text has {len(ids)} tokens; at least {2 * context} are needed, two chunks",
             field="text",
             value=len(ids),
@@ -153,8 +153,8 @@ def measure(
     context: tokens of a chunk; only 512 gives the usual definition. chunks: how many of the
     text's chunks to score, None for all. progress: (tokens done, tokens in all, what).
 
-    Raises ParameterError for a text that is too short or a base of another vocabulary,
-    ContextOverflow for a model loaded with less context, NonFiniteError, Cancelled.
+    Raises EdgeLlamaError for a text that is too short, ParameterError for a base of another
+    vocabulary, ContextOverflow for a model loaded with less context, NonFiniteError, Cancelled.
     """
     require_integer("context", context, LEAST_CONTEXT, 1 << 30)
     models = [model] if base is None else [model, base]

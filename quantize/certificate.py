@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellama.errors import ModelFormatError, ParameterError, shown
+from edgellama.errors import EdgeLlamaError, ModelFormatError, shown
 from edgellama.quantize.blocks import decode
 from edgellama.quantize.forecast import Forecast
 from edgellama.tokenizer import Tokenizer, tokenizer_from_gguf
@@ -191,10 +191,10 @@ def witnessed(ids: list[int], logits: NDArray[np.float32]) -> Witnessed:
 
 def read_certificate(metadata: Mapping[str, Any], path: Any) -> Certificate:
     """The certificate among a file's keys. Raises ModelFormatError if it is none that we wrote,
-    ParameterError if there is none."""
+    EdgeLlamaError if there is none."""
     text = metadata.get(KEY)
     if not isinstance(text, str):
-        raise ParameterError(
+        raise EdgeLlamaError(
             "the file has no certificate",
             path=path,
             field=KEY,

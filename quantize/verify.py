@@ -72,7 +72,7 @@ def verify(
 ) -> Verdict:
     """Replay the certificate of a file, or of a folder for ONNX Runtime, offline.
 
-    Raises ParameterError if the file has none, what `edgellama.load` raises, Cancelled.
+    Raises EdgeLlamaError if the file has none, what `edgellama.load` raises, Cancelled.
     """
     if Path(path).is_dir():
         from edgellama.quantize.verify_onnx import verify_folder

@@ -157,7 +157,7 @@ def test_run_with_a_template_in_a_file(
     assert run([*arguments, str(tmp_path / "bad.jinja")]) == 1
     assert "bad.jinja: chat template: line 1" in capsys.readouterr().err
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    assert run([*arguments, str(tmp_path / "binary")]) == 2
+    assert run([*arguments, str(tmp_path / "binary")]) == 1
     assert "not UTF-8" in capsys.readouterr().err
 
 
@@ -219,7 +219,7 @@ def test_run_fills_in(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(["run", str(base), *files, *GREEDY, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["infill"] == files[1:] and document["usage"]["completion_tokens"] <= 6
-    assert run(["run", str(base), "--infill", files[1], str(tmp_path), *GREEDY]) == 2
+    assert run(["run", str(base), "--infill", files[1], str(tmp_path), *GREEDY]) == 1
     assert "is no file" in capsys.readouterr().err
 
 

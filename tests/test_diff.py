@@ -235,7 +235,7 @@ def test_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("name", "content", "status", "said"),
     [
-        ("latin.txt", b"caf\xe9", 2, "latin.txt: is not UTF-8 text: byte 233 at 3"),
+        ("latin.txt", b"caf\xe9", 1, "latin.txt: is not UTF-8 text: byte 233 at 3"),
         ("missing.txt", None, 1, f"missing.txt: cannot be read: {os.strerror(2)}"),
         (os.devnull, None, 1, "this is not a regular file"),
     ],

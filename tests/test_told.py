@@ -357,3 +357,33 @@ def _at_a_terminal(words: list[str], columns: int) -> list[str]:
     os.close(ours)
     assert child.returncode == 0
     return said.decode().replace("\r\n", "\n").rstrip("\n").split("\n")
+
+
+# --- exit status, and help ------------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_a_file_is_no_bad_usage(
+    model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert "has no certificate" in refused(capsys, "verify", model)
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "short.txt").write_text("short")
+    for name, problem in (
+        ("latin.txt", "is not UTF-8"),
+        ("short.txt", "two chunks"),
+        ("missing.txt", "No such file"),
+        (".", "folder"),
+    ):
+        how = ("--text", tmp_path / name, "--runtime", "reference", "--context", "64", "--quiet")
+        assert problem in refused(capsys, "perplexity", model, *how)
+
+
+def test_usage_errors_are_as_documented(capsys: Capture) -> None:
+    lines = refused(capsys, "run", "--bogus", status=2).splitlines()
+    assert lines[0].startswith("Usage: ") and "help" in lines[1] and lines[-1].startswith("Error: ")
+
+
+def test_help_of_estimate_and_warmup(capsys: Capture) -> None:
+    for command, words in (("estimate", "the model's own"), ("warmup", "Types of weights, too")):
+        assert run([command, "--help"]) == 0
+        assert words in " ".join(capsys.readouterr().out.split())

@@ -12,7 +12,7 @@ from tiny import tiny_config, write_tiny
 
 import edgellama
 from edgellama.cli.main import run
-from edgellama.errors import ModelFormatError, ParameterError
+from edgellama.errors import EdgeLlamaError, ModelFormatError
 from edgellama.gguf import open_gguf
 from edgellama.quantize import quantize
 from edgellama.quantize.certificate import KEY, PROMPTS, key_checksums, read_certificate
@@ -131,7 +131,7 @@ def test_wrong_weights_under_right_sums_are_found(
 
 def test_the_certificate_can_be_left_out(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "file.gguf", "F16", certificate="none")
-    with pytest.raises(ParameterError, match="has no certificate"):
+    with pytest.raises(EdgeLlamaError, match="has no certificate"):
         verify(tmp_path / "file.gguf")
 
 
