@@ -5,6 +5,7 @@ key/value caches. Knows nothing about operators (see `kernels.py`) or about text
 """
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -77,6 +78,7 @@ class Cpu:
         self.scratch = aligned(self.scratch_bytes * options.threads)
         self.turns = Turns()  # one program, one set of buffers: one step at a time
         self.sessions: weakref.WeakSet[CpuSession] = weakref.WeakSet()
+        self.listing = threading.RLock()  # of them; a signal handler may close the model amid it
         self.pid, self.closed = os.getpid(), False
         self.team = Team(
             options.threads,
@@ -91,7 +93,10 @@ class Cpu:
 
     def session(self) -> "CpuSession":
         session = CpuSession(self)
-        self.sessions.add(session)
+        with self.listing:
+            self.sessions.add(session)
+        if self.closed:  # meanwhile
+            session.stop()
         return session
 
     def describe(self) -> dict[str, Any]:
@@ -120,7 +125,7 @@ class Cpu:
         if os.getpid() != self.pid:  # a fork has no helpers to stop
             return
         self.closed = True
-        for session in list(self.sessions):
+        for session in self._sessions():
             session.stop()
         self.turns.finally_do(self._free)
 
@@ -128,8 +133,12 @@ class Cpu:
         self.team.close()
         self.weights.free()
         self.scratch = np.zeros(0, np.uint8)
-        for session in list(self.sessions):
+        for session in self._sessions():
             session.cache = np.zeros(0, np.uint8)
+
+    def _sessions(self) -> "list[CpuSession]":
+        with self.listing:
+            return list(self.sessions)
 
 
 class Angles:

@@ -71,7 +71,7 @@ class LlamaCpp:
         self.turns = Turns()  # one step at a time, as the other runtimes do
         self.pid, self.closed = os.getpid(), False
         self._sessions: weakref.WeakSet[LlamaCppSession] = weakref.WeakSet()
-        self._listing = threading.Lock()  # of the sessions: it takes more than one step
+        self._listing = threading.RLock()  # of the sessions: it takes more than one step
         self.weight_bytes = sum(file.tensors[name].n_bytes for name in graph.weights)
         self._weights: _Weights | None = _Weights(self.api, self._load(file))
 
@@ -147,12 +147,14 @@ class LlamaCpp:
         if os.getpid() != self.pid:
             return
         self.closed = True  # ends what is under way
+        self.turns.finally_do(self._free)
+
+    def _free(self) -> None:
         with self._listing:
             sessions = list(self._sessions)
-        with self.turns.turn():
-            for session in sessions:
-                session.free()
-            self._weights = None
+        for session in sessions:
+            session.free()
+        self._weights = None
 
 
 class LlamaCppSession:
@@ -266,8 +268,7 @@ class LlamaCppSession:
 
     def close(self) -> None:
         self.stop()
-        with self.model.turns.turn():
-            self.free()
+        self.model.turns.finally_do(self.free)
 
 
 def _free_session(api: Any, pointer: int, batch: Any, weights: _Weights) -> None:

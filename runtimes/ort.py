@@ -51,7 +51,7 @@ class Ort:
         self.folder, self.fingerprint = source, source.fingerprint
         self.turns = Turns()  # one step at a time, as the other runtimes do
         self.sessions: weakref.WeakSet[OrtSession] = weakref.WeakSet()
-        self._listing = threading.Lock()  # of the sessions: it takes more than one step
+        self._listing = threading.RLock()  # of the sessions: it takes more than one step
         self.spare: list[dict[str, Any]] = []  # what sessions on CUDA have left
         self.pid, self.closed = os.getpid(), False
         self.angles = _Angles(graph, source.rope_factors, options.context)
@@ -143,9 +143,11 @@ class Ort:
             sessions = list(self.sessions)
         for session in sessions:
             session.terminate()
-        with self.turns.turn():
-            self.spare.clear()
-            self.inference = None
+        self.turns.finally_do(self._free)
+
+    def _free(self) -> None:
+        self.spare.clear()
+        self.inference = None
 
 
 class _Angles:

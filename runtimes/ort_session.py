@@ -222,9 +222,11 @@ class OrtSession:
 
     def close(self) -> None:
         self.stop()
-        with self.model.turns.turn():
-            self.kept, self.cache = {}, {}
-            self.decode = self.prefill = None
+        self.model.turns.finally_do(self._free)
+
+    def _free(self) -> None:
+        self.kept, self.cache = {}, {}
+        self.decode = self.prefill = None
 
 
 @contextlib.contextmanager

@@ -214,10 +214,21 @@ def test_closing_ends_a_call_that_computes_and_one_that_waits(long_path: Path, w
 def test_waiting_for_another_session_can_be_cancelled(long_path: Path) -> None:
     with edgellama.load(long_path, runtime="llama.cpp", threads=1, context=4096) as model:
         session, token = model.session(), edgellama.CancelToken()
-        with model._runtime.turns.turn():  # another session computes
-            threading.Timer(0.05, token.cancel).start()
-            with pytest.raises(edgellama.Cancelled):
-                session.forward([1, 2, 3], cancel=token)
+        begun, over = threading.Event(), threading.Event()
+
+        def compute() -> None:
+            with model._runtime.turns.turn():
+                begun.set()
+                over.wait(60)
+
+        other = threading.Thread(target=compute)
+        other.start()
+        assert begun.wait(60)
+        threading.Timer(0.05, token.cancel).start()
+        with pytest.raises(edgellama.Cancelled):
+            session.forward([1, 2, 3], cancel=token)
+        over.set()
+        other.join()
         assert session.position == 0 and session.forward([1]).shape == (288,)
 
 
