@@ -140,7 +140,7 @@ def test_overflow_names_the_tensor(tmp_path: Path) -> None:
 
 
 def test_too_short_a_text(model: Path) -> None:
-    with pytest.raises(edgellama.ParameterError, match="two chunks"):
+    with pytest.raises(edgellama.EdgeLlamaError, match="two chunks"):
         collect(model, "the cat", context=CHUNK)
 
 
