@@ -28,6 +28,7 @@ class Wrapping:
         self._indent = 0  # of what goes on
         self._column = 0  # cells of this line that are taken
         self._word = ""  # the unfinished word at its end
+        self._full = False  # the line, to its last cell: the cursor waits there for a letter
 
     def fit(self, text: str) -> str:
         """`text` as it is to be shown; of control characters it has line breaks and tabs alone."""
@@ -38,7 +39,7 @@ class Wrapping:
 
     def _placed(self, part: "re.Match[str]", columns: int) -> str:
         if part["end"]:
-            self._column, self._indent, self._word = 0, 0, ""
+            self._column, self._indent, self._word, self._full = 0, 0, "", False
             return "\n"
         if part["gap"]:
             return self._gap(part["gap"], columns)
@@ -54,14 +55,17 @@ class Wrapping:
         alone = self._column == begun
         if alone or self._column + width < columns or begun + width >= columns - self._indent:
             self._column = (self._column + width) % columns
+            self._full = self._column == 0
             return text
-        self._column = self._indent + begun + width
+        self._column, self._full = self._indent + begun + width, False
         wipe = f"\x1b[{begun}D\x1b[K" if begun else ""
         return f"{wipe}\n{' ' * self._indent}{self._word}{text}"
 
     def _gap(self, spaces: str, columns: int) -> str:
         """Spaces that have no room are not shown: the next word begins a line."""
         self._word = ""
+        if self._full:  # a tab would put the next letter over the last
+            return ""
         end = len((" " * self._column + spaces).expandtabs())
         if end >= columns and self._column:
             self._column = columns - 1

@@ -65,6 +65,10 @@ def test_what_stands_behind_a_label_goes_on_below_itself() -> None:
     assert shown([text], hanging=True) == [*labelled, *indented, "no label, so no", "margin"]
 
 
+def test_a_tab_behind_a_full_line_costs_no_letter() -> None:
+    assert shown(["a" * 12 + "b\tc"], 13) == ["a" * 12 + "b", "c"]
+
+
 def test_an_unknown_width_changes_nothing() -> None:
     assert Wrapping(lambda: 0).fit(TEXT * 9) == TEXT * 9
 
